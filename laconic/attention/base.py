@@ -1,0 +1,139 @@
+"""The two verbs of attention methods: evict (forget for good) and read (attend to a part, forget nothing)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from laconic.cache import KVLayer
+from laconic.method import Method, parameter
+from laconic.primitives.select import keep_top
+from laconic.selection import Selection
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of attention in one layer.
+
+    Attributes:
+        query: ``(batch, heads, new, head_dim)``, rotated; the layer's cache already holds the keys of these tokens.
+        scale: what logits are multiplied by.
+        window: sliding window of this layer in tokens, or None.
+        softcap: logits pass ``softcap * tanh(logits / softcap)``, or None.
+    """
+
+    query: torch.Tensor
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def last(self) -> torch.Tensor:
+        """The newest query, ``(batch, heads, head_dim)``."""
+        return self.query[:, :, -1]
+
+    @property
+    def decoding(self) -> bool:
+        """Whether this is a decode step: a single new token."""
+        return self.query.shape[2] == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMethod(Method):
+    """What evicting and reading methods share: a budget per row of the batch and protected tokens.
+
+    A share is taken of the tokens of the prompt (what the last forward with more than one token left behind), so that a
+    budget does not grow while an answer is written.
+    """
+
+    stage: ClassVar[str] = "attention"
+
+    def quota(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        """Tokens that may stay per row, ``(batch,)``; never more than a row has visible."""
+        visible = layer.lengths
+        base = layer.memory.get("prompt") if call.decoding else None
+        if base is None:
+            layer.memory["prompt"] = base = visible.clone()
+        if self.budget.share is None:
+            base = visible
+        if call.window is not None:
+            base, visible = base.clamp(max=call.window), visible.clamp(max=call.window)
+        quota = [self.budget.tokens(n, layer=layer.index, layers=layer.layers) for n in base.tolist()]
+        return torch.minimum(torch.tensor(quota, device=visible.device), visible)
+
+    def choose(
+        self, layer: KVLayer, call: Call, scores: torch.Tensor, *, sinks: int = 0, recent: int = 0
+    ) -> torch.Tensor:
+        """Slots ``(batch, heads, kept)`` of the best ``scores`` (batch, heads, n) within the budget, ascending."""
+        return keep_top(scores, self.quota(layer, call), layer.starts(call.window), sinks, recent, self.id)
+
+    def covers(self, layer: KVLayer, call: Call) -> bool:
+        """Whether the budget already holds everything visible, so that there is nothing to leave out."""
+        if self.budget.is_full or (self.budget.amount or 0) >= layer.n:
+            return True
+        quota = self.quota(layer, call)
+        starts = layer.starts(call.window)
+        return bool((quota >= (layer.n if starts is None else layer.n - starts.amin(-1))).all())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictMethod(AttentionMethod):
+    """Base of methods that forget: after each forward only the ``budget`` best-scored entries stay, per KV head.
+
+    A subclass writes ``score``; higher stays.
+    """
+
+    verbs: ClassVar[tuple[str, ...]] = ("evict",)
+    while_decoding: ClassVar[bool] = True  # whether it also evicts after single-token steps
+    reads_keys: ClassVar[bool] = True  # whether its score has to read all keys, for the bytes that are reported
+
+    sinks: int = parameter(4, "first tokens that are always kept", least=0)
+    recent: int = parameter(16, "newest tokens that are always kept", least=0)
+
+    def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        """Worth of every entry of the layer, float ``(batch, kv_heads, n)``."""
+        raise NotImplementedError
+
+    def observe(self, layer: KVLayer, call: Call) -> None:
+        """Called after every forward, also when nothing is evicted: the place to accumulate."""
+
+    def protected(self, quota: int) -> tuple[int, int]:
+        """How many first and newest tokens never compete, for a budget of ``quota`` tokens."""
+        return self.sinks, self.recent
+
+    def keep(self, layer: KVLayer, call: Call) -> torch.Tensor | None:
+        """Slots that stay after this forward, or None to keep all."""
+        if (call.decoding and not self.while_decoding) or self.covers(layer, call):
+            return None
+        sinks, recent = self.protected(int(self.quota(layer, call).max()))
+        return self.choose(layer, call, self.score(layer, call), sinks=sinks, recent=recent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadMethod(AttentionMethod):
+    """Base of methods that read a part: each decode step attends to ``budget`` entries, and all stay in the cache.
+
+    A subclass writes ``score``, or ``select`` when its choice outlives the step.
+    """
+
+    verbs: ClassVar[tuple[str, ...]] = ("read",)
+    reads_chunks: ClassVar[bool] = False
+
+    sinks: int = parameter(4, "first tokens that are always read", least=0)
+    recent: int = parameter(16, "newest tokens that are always read", least=0)
+
+    def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        """Worth of every entry for this query, float ``(batch, kv_heads or 1, n)``."""
+        raise NotImplementedError
+
+    def observe(self, layer: KVLayer, call: Call) -> None:
+        """Called after every forward: the place to prepare the next selection."""
+
+    def select(self, layer: KVLayer, call: Call) -> Selection | None:
+        """The entries to read in this step, or None to read all."""
+        if self.covers(layer, call):
+            return None
+        slots = self.choose(layer, call, self.score(layer, call), sinks=self.sinks, recent=self.recent)
+        return Selection(slots, bytes_scored=layer.keys.numel() * layer.keys.element_size())

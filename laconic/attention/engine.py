@@ -1,0 +1,199 @@
+"""The attention function that transformers calls, and the policy that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from laconic import kernels
+from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReadMethod
+from laconic.attention.prefill import prefill_attention
+from laconic.cache import KVLayer
+from laconic.errors import LaconicError
+from laconic.selection import Selection
+
+NAME = "laconic"
+UNSUPPORTED = {
+    "s_aux": "learned attention sinks",
+    "position_bias": "a learned position bias",
+    "alibi": "ALiBi",
+    "indices": "its own sparse index",
+}
+
+
+class Policy:
+    """What the methods of a recipe do in every attention call: read, attend, evict.
+
+    At most one method reads; any number evict, in order. With ``measure`` the dense attention mass that was not attended
+    (for a reader) or was evicted (for an evictor, at the newest query) is computed too, at the price of a dense pass.
+    """
+
+    def __init__(self, methods: tuple[AttentionMethod, ...], *, measure: bool = False) -> None:
+        self.evictors = [m for m in methods if isinstance(m, EvictMethod)]
+        readers = [m for m in methods if isinstance(m, ReadMethod)]
+        if len(readers) > 1:
+            names = " and ".join(m.id for m in readers)
+            raise LaconicError(f"{names} both choose what a step reads: keep one of them, and evict with the other kind.")
+        self.reader = readers[0] if readers else None
+        self.measure = measure
+
+    def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        """Output ``(batch, heads, new, head_dim)``; afterwards the layer holds what the methods keep."""
+        selection = self._select(layer, call)
+        if call.decoding:
+            output, mass = self._decode(layer, call, selection)
+        else:
+            output, mass = self._chunk(layer, call, selection), None
+        read = self._bytes_read(layer, selection)
+        if self.reader is not None:
+            self.reader.observe(layer, call)
+        for method in self.evictors:  # all see the cache that this step attended to, then the first one evicts
+            method.observe(layer, call)
+        for method in self.evictors:
+            slots = method.keep(layer, call)
+            if method.reads_keys and (slots is not None or type(method).observe is not EvictMethod.observe):
+                read += layer.keys.numel() * layer.keys.element_size()
+            if slots is not None:
+                if self.measure:
+                    mass = _mass(layer, call, slots)
+                layer.keep(slots)
+        if call.window is not None and not layer.recording and layer.n > 2 * call.window:
+            layer.pass_window(call.window)
+        kept = selection.kept if selection is not None else layer.n
+        layer.request.figures[layer.index] = {
+            "kept": min(kept, layer.n), "bytes_kept": layer.bytes_kept, "bytes_read": read, "dropped_mass": mass,
+        }  # fmt: skip
+        return output
+
+    def _select(self, layer: KVLayer, call: Call) -> Selection | None:
+        if self.reader is None or (not call.decoding and not self.reader.reads_chunks):
+            return None
+        return self.reader.select(layer, call)
+
+    def _decode(
+        self, layer: KVLayer, call: Call, selection: Selection | None
+    ) -> tuple[torch.Tensor, float | None]:
+        options = {"scale": call.scale, "softcap": call.softcap}
+        if selection is None:
+            starts = layer.starts(call.window)
+            output, _ = kernels.decode_attention(call.last, layer.keys, layer.values, starts=starts, **options)
+            return output[:, :, None], 0.0 if self.measure else None
+        if selection.key_positions is None:
+            query, keys, values, slots = call.last, layer.keys, layer.values, selection.indices
+        else:
+            query, keys, values, slots = _moved(layer, call, selection)
+            query = query[:, :, -1]
+        output, lse = kernels.selected_attention(query, keys, values, slots, **options)
+        mass = None
+        if self.measure and selection.key_positions is None:
+            mass = _mass(layer, call, selection.indices, lse)
+        return output[:, :, None], mass
+
+    def _chunk(self, layer: KVLayer, call: Call, selection: Selection | None) -> torch.Tensor:
+        query, keys, values, positions = call.query, layer.keys, layer.values, layer.shared_positions
+        if selection is not None:
+            query, keys, values, _ = _moved(layer, call, selection)
+            positions = torch.where(selection.indices < 0, -1, positions.gather(2, selection.indices.clamp(min=0)))
+        return prefill_attention(
+            query, keys, values, positions, scale=call.scale, window=call.window, softcap=call.softcap
+        )
+
+    def _bytes_read(self, layer: KVLayer, selection: Selection | None) -> int:
+        """Bytes of keys and values that this call had to read from the cache, scoring included."""
+        row = layer.keys.element_size() * (layer.keys.shape[-1] + layer.values.shape[-1])
+        if selection is None:
+            return layer.keys.shape[0] * layer.heads * layer.n * row
+        return layer.keys.shape[0] * layer.heads * selection.kept * row + selection.bytes_scored
+
+
+def _moved(
+    layer: KVLayer, call: Call, selection: Selection
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gathered keys and values at the selection's positions, the queries moved along, and the slots of the gathered copy."""
+    from laconic.cache import take
+
+    keys, values = take(layer.keys, selection.indices), take(layer.values, selection.indices)
+    query = call.query
+    if selection.key_positions is not None:
+        at = take(layer.shared_positions, selection.indices)
+        keys = layer.rope.rotate(keys, selection.key_positions - at)
+        query = layer.rope.rotate(query, selection.query_shift[:, None, None])
+    slots = torch.arange(keys.shape[2], device=keys.device).expand(*selection.indices.shape)
+    return query, keys, values, slots.masked_fill(selection.indices < 0, -1)
+
+
+def _mass(layer: KVLayer, call: Call, slots: torch.Tensor, lse: torch.Tensor | None = None) -> float:
+    """Share of the newest query's dense attention that lies outside ``slots``, mean over rows and heads."""
+    options = {"scale": call.scale, "softcap": call.softcap}
+    _, dense = kernels.decode_attention(
+        call.last, layer.keys, layer.values, starts=layer.starts(call.window), **options
+    )
+    if lse is None:
+        _, lse = kernels.selected_attention(call.last, layer.keys, layer.values, slots, **options)
+    return float((1 - (lse - dense).exp()).clamp(min=0).mean())
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stands in the model as its attention function. Without a cache of ours it is plain causal attention."""
+    for name, meaning in UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise LaconicError(f"{type(module).__name__} uses {meaning}, which laconic.apply does not support yet.")
+    if dropout and module.training:
+        raise LaconicError("The model is in training mode with attention dropout: call model.eval() first.")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise LaconicError("A 4-D attention mask cannot be used inside laconic.apply: pass the 2-D padding mask.")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer: KVLayer | None = getattr(key, "laconic_layer", None)
+    if layer is not None:
+        output = layer.request.policy.attend(layer, Call(query, scale, sliding_window, softcap))
+    else:
+        n = key.shape[2]
+        valid = torch.ones(query.shape[0], n, device=query.device) if attention_mask is None else attention_mask
+        positions = (valid.long().cumsum(-1) - 1).masked_fill(valid == 0, -1)[:, None]
+        output = prefill_attention(
+            query, key, value, positions, scale=scale, window=sliding_window, softcap=softcap
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def attention_mask(
+    *,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    mask_function: Callable[..., torch.Tensor] | None = None,
+    batch_size: int = 1,
+    q_length: int = 1,
+    q_offset: int | torch.Tensor = 0,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Stands in the model as its mask function: hands the 2-D padding mask through, so that no n x n mask is built.
+
+    What a token may see of its two neighbours tells a causal mask, with or without a window, from any other pattern:
+    from packed texts, which do not see what is before their start, and from blocks that see their own future.
+    """
+    plain = not use_vmap
+    if plain and mask_function is not None and q_length > 1:
+        row = torch.arange(batch_size, device=device)[:, None]
+        here = torch.arange(q_length - 1, device=device)[None] + q_offset
+        plain = bool(mask_function(row, 0, here + 1, here).all()) and not bool(mask_function(row, 0, here, here + 1).any())
+    if not plain:
+        raise LaconicError(
+            "This call needs more than a causal mask (packed texts, blocks that see their future), which laconic.apply does "
+            "not support: put one text in each row and pad on the left."
+        )
+    return attention_mask

@@ -1,0 +1,32 @@
+"""StreamingLLM: the first tokens and the newest ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from laconic.attention.base import Call, EvictMethod
+from laconic.cache import KVLayer
+from laconic.method import parameter
+from laconic.registry import register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Streaming(EvictMethod):
+    """Keeps ``sinks`` first tokens and, for the rest of the budget, the newest.
+
+    The first tokens stay because attention parks its mass there when it has nothing to say. Positions are kept as they
+    were written; the original also renumbers them, which matters past the trained length.
+    """
+
+    id: ClassVar[str] = "streaming"
+    paper: ClassVar[str] = "Efficient Streaming Language Models with Attention Sinks (2023)"
+    reads_keys: ClassVar[bool] = False
+
+    recent: int = parameter(1, "newest tokens that are kept before the budget is looked at", least=0)
+
+    def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        return layer.positions.float()

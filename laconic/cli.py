@@ -1,0 +1,332 @@
+"""The command line. Results go to stdout, progress and errors to stderr; bad input exits 2, Ctrl-C 130."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from laconic.errors import LaconicError
+
+app = typer.Typer(
+    name="laconic",
+    help="Which tokens does your model need? Compare KV-cache and sparse-attention methods on your own workload, "
+    "choose, apply.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a local path, or a hub id.")]
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors as one sentence on stderr: exit code 2 for what the user can mend, 130 for Ctrl-C, 1 for a bug of ours."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        debug = options.get("debug", False)
+        try:
+            if command.__name__ in ("compare", "generate") and not debug:
+                _silence_libraries()
+            command(**options)
+            sys.stdout.flush()
+        except LaconicError as error:
+            _fail(f"Error: {error}", 2, error, debug)
+        except BrokenPipeError as error:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail("", 0, error, False)
+        except KeyboardInterrupt as error:
+            _fail(str(error) or "Interrupted.", 130, error, debug)
+        except typer.Exit:
+            raise
+        except Exception as error:  # the last line of defence: no traceback unless it is asked for
+            _fail(f"Unexpected {type(error).__name__}: {error} (run with --debug to see where)", 1, error, debug)
+
+    return run
+
+
+def _fail(message: str, code: int, error: BaseException, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if message:
+        print(" ".join(message.split()), file=sys.stderr)
+    raise typer.Exit(code) from None
+
+
+def _silence_libraries() -> None:
+    """Keeps warnings meant for programmers, and bars that are not ours, out of the terminal; --debug leaves them in."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _split(text: str | None) -> list[str] | None:
+    """A comma-separated list; commas inside parentheses belong to a recipe."""
+    if text is None:
+        return None
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    named = [part.strip() for part in parts if part.strip()]
+    if not named:
+        raise LaconicError(f"'{text}' is an empty list: give one or more names, separated by commas.")
+    return named
+
+
+def _whole_numbers(text: str | None, option: str) -> list[int] | None:
+    try:
+        numbers = [int(part) for part in _split(text) or []]
+    except ValueError:
+        numbers = [0]
+    if any(number < 1 for number in numbers):
+        raise LaconicError(f"{option} '{text}' is not understood: give whole numbers above 0, such as 1024,2048.")
+    return numbers or None
+
+
+def _print_json(value: Any) -> None:
+    from laconic.evaluation.results import dumps
+
+    print(dumps(value, indent=2))
+
+
+@app.command()
+@guarded
+def compare(
+    model: Model = "needle",
+    task: Annotated[
+        str,
+        typer.Option("--task", "-t", help="needle, multi_needle, threads, kv_recall, perplexity:FILE, or FILE.jsonl"),
+    ] = "needle",
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Names or recipes, separated by commas (see laconic methods).")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="What may stay: tokens (256) or shares (10%), separated by commas.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the report.")] = Path("laconic-report"),
+    samples: Annotated[int | None, typer.Option("--samples", help="Examples per setting of the task.")] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="Prompt lengths in tokens: 1024,4096")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the task's examples.")] = 0,
+    question: Annotated[
+        str,
+        typer.Option(
+            "--question",
+            help="seen: the prompt is prefilled whole; after: methods choose before they see the question.",
+        ),
+    ] = "seen",
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different run in --output.")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods x budgets on a workload: quality, bytes, time and memory, each beside dense.
+
+    Without options: the built-in model finds facts in long real text, in about two minutes.
+    Every finished cell is on disk at once: after Ctrl-C or a crash the same command goes on.
+
+    \b
+    Your own prompts, one JSON object a line, with or without an answer:
+      {"prompt": "...", "answer": "...", "max_new_tokens": 32}
+
+    \b
+    Examples:
+      laconic compare
+      laconic compare --methods tokenselect,h2o --budgets 64,5%,10%
+      laconic compare --model PATH_OR_HUB_ID --task mine.jsonl
+      laconic compare --question after --output after-report
+      laconic compare --methods "tokenselect(refresh=0.8)" --json
+    """
+    from laconic.evaluation.compare import compare as run
+    from laconic.evaluation.provenance import shell_command
+
+    report = run(
+        model,
+        methods=_split(methods),
+        budgets=_split(budgets),
+        task=task,
+        samples=samples,
+        lengths=_whole_numbers(lengths, "--lengths"),
+        seed=seed,
+        question=question,
+        max_new_tokens=max_new_tokens,
+        output=output,
+        overwrite=overwrite,
+        progress=not quiet,
+        command=shell_command(sys.argv[1:]),
+    )
+    for note in report.notes:
+        print(f"Note: {note}", file=sys.stderr)
+    if as_json:
+        _print_json({"report": str(report.html), "run": report.run, "rows": report.rows, "notes": report.notes})
+        return
+    if not quiet:
+        console = _console()
+        console.print(report.table(ratios=console.width >= 120))
+    print(f"Report: {report.html}")
+
+
+def _console():
+    """A console on stdout; into a pipe or a file it is wide enough for the tables."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+@app.command()
+@guarded
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; without it, standard input is read.")] = None,
+    model: Model = "needle",
+    method: Annotated[str, typer.Option("--method", help="A recipe, such as tokenselect:256.")] = "dense",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of sampling, with --temperature.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt with a method inside the model. Text streams to stdout, figures go to stderr.
+
+    \b
+    Examples:
+      laconic generate "The capital of France is" --model PATH_OR_HUB_ID
+      laconic generate --method tokenselect:256 < long.txt
+      laconic generate --method h2o:10% --json < long.txt
+    """
+    from laconic.generation import generate as run
+
+    text = prompt if prompt is not None else _standard_input()
+    stream = None if as_json else sys.stdout
+    result = run(
+        model, text, method, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat, stream=stream
+    )
+    if as_json:
+        _print_json(result)
+        return
+    from laconic.evaluation.table import seconds, size
+
+    stats = result["stats"]
+    print(
+        f"{result['prompt_tokens']} + {result['tokens']} tokens, {result['method']}: "
+        f"prefill {seconds(result['prefill_s'])}, decode {seconds(result['decode_s'])}/token, "
+        f"{size(stats['bytes_kept'])} kept, {size(stats['bytes_read'])} read/step",
+        file=sys.stderr,
+    )
+
+
+def _standard_input() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise LaconicError('There is no prompt: write laconic generate "...", or pipe a text in.')
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LaconicError(f"Standard input is not UTF-8 text (byte {error.start}): convert it first.") from error
+    if not text.strip():
+        raise LaconicError("The prompt on standard input is empty: pipe a text in.")
+    return text
+
+
+@app.command()
+@guarded
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The catalogue of methods, or everything about one of them.
+
+    \b
+    Examples:
+      laconic methods
+      laconic methods tokenselect
+      laconic methods --json
+    """
+    import laconic
+    from laconic.catalogue import catalogue_table, method_page
+    from laconic.registry import find
+
+    if name is not None:
+        row = find(name).describe()
+        _print_json(row) if as_json else _console().print(method_page(row))
+        return
+    rows = laconic.methods()
+    if as_json:
+        _print_json(rows)
+        return
+    _console().print(catalogue_table(rows))
+    print("laconic methods NAME tells all about one: parameters, source, details.")
+
+
+@app.command()
+@guarded
+def bench(
+    name: Annotated[str | None, typer.Argument(help="One benchmark; without it, all run.")] = None,
+    names: Annotated[bool, typer.Option("--list", help="Only list the benchmarks.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that it works, not how fast.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The speed suite: ours against the stock path, in one run, on this machine.
+
+    \b
+    Examples:
+      laconic bench --list
+      laconic bench dense_decode --json
+      laconic bench
+    """
+    from laconic.bench.run import benchmark_names, benchmarks, run_benchmark
+
+    if names:
+        lines = [f"{row['name']:<20} {row['summary']}" for row in benchmarks()]
+        _print_json(benchmarks()) if as_json else print("\n".join(lines))
+        return
+    if name is not None:
+        row = run_benchmark(name, quick=quick)
+        _print_json(row) if as_json else print(_benchmark_line(row))
+        return
+    rows = []
+    for each in benchmark_names():
+        try:
+            rows.append(run_benchmark(each, quick=quick))
+        except LaconicError as error:
+            print(f"{each} did not run: {error}", file=sys.stderr)
+            rows.append({"name": each, "met": False, "error": str(error)})
+        if not as_json and "error" not in rows[-1]:
+            print(_benchmark_line(rows[-1]), flush=True)
+    if as_json:
+        _print_json(rows)
+        return
+    short = [row["name"] for row in rows if not row["met"]]
+    print(f"Short of the target: {', '.join(short)}." if short else "All targets are reached.")
+
+
+def _benchmark_line(row: dict[str, Any]) -> str:
+    mark = "reached" if row["met"] else "SHORT"
+    return (
+        f"{row['name']:<20} {row['ratio']:>8.2f}x  (target {row['target']:g}x, {mark})  "
+        f"ours {row['ours']:.4g} {row['unit']}, reference {row['reference']:.4g} {row['unit']}"
+    )
+
+
+def main() -> None:
+    """Entry point of the ``laconic`` command."""
+    app()

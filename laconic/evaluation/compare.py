@@ -1,0 +1,343 @@
+"""The main job: methods x budgets on a task, each cell with quality, fidelity, bytes, time and memory beside dense."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from laconic.budget import Budget
+from laconic.errors import LaconicError
+from laconic.evaluation import measure
+from laconic.evaluation.provenance import identify, machine
+from laconic.evaluation.results import ResultStore, prepare_directory
+from laconic.method import GUARANTEES, Method
+from laconic.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Advance = Callable[[str, int], None]
+
+DEFAULT_METHODS = (
+    "dense", "random", "streaming", "knorm", "tova", "snapkv", "h2o", "tokenselect", "recycled_attention",
+)  # fmt: skip
+DEFAULT_BUDGETS = ("5%", "10%", "20%", "50%")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget. ``name`` and ``budget`` are what reports show; ``recipe`` is what is applied."""
+
+    name: str
+    budget: str
+    recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        return str(self.recipe)
+
+    @property
+    def label(self) -> str:
+        return self.name if self.name == "dense" else f"{self.name}:{self.budget}"
+
+
+@dataclass
+class Report:
+    """What ``compare`` found. ``rows``: one dict per cell, dense first. ``path``: the directory. ``html``: the page."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    run: dict[str, Any]
+    html: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def table(self, *, ratios: bool = True) -> Table:
+        """The rows as a rich table, each figure with its ratio to dense."""
+        from laconic.evaluation.table import build_table
+
+        return build_table(self.rows, self.run, ratios=ratios)
+
+    def best(self, keep: float = 0.99, cost: str = "bytes_read") -> dict[str, Any] | None:
+        """The cheapest row that keeps the share ``keep`` of the dense quality, or None.
+
+        Quality is the task's (for perplexity, lower is better), or the fidelity where the task has no answers. ``cost``
+        is any numeric column: bytes_read, bytes_kept, decode_s, peak_bytes, ...
+        """
+        dense = next(row for row in self.rows if row["method"] == "dense")
+
+        def good(row: dict[str, Any]) -> bool:
+            if dense["quality"] is None:
+                return row["fidelity"] >= keep
+            if row["quality_name"] == "perplexity":
+                return dense["quality"] >= keep * row["quality"]
+            return row["quality"] >= keep * dense["quality"]
+
+        candidates = [row for row in self.rows if row.get(cost) is not None and good(row)]
+        return min(candidates, key=lambda row: row[cost], default=None)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a comparison; the message says what is kept and how to go on."""
+
+
+def compare(
+    model: str | tuple[Any, Any] = "needle",
+    *,
+    methods: Sequence[str | Method | Recipe] | str | None = None,
+    budgets: Sequence[str | int | Budget] | str | None = None,
+    task: str = "needle",
+    samples: int | None = None,
+    lengths: Sequence[int] | None = None,
+    seed: int = 0,
+    question: str = "seen",
+    max_new_tokens: int | None = None,
+    output: str | Path = "laconic-report",
+    overwrite: bool = False,
+    progress: bool = True,
+    command: str | None = None,
+) -> Report:
+    """Measures methods x budgets on a task and writes ``results.jsonl``, ``run.json`` and ``index.html`` to ``output``.
+
+    Args:
+        model: the name of a built-in model, a path, a hub id, or ``(model, tokenizer)``.
+        methods: names, recipes ("tokenselect:256" brings its own budget) or methods. Dense is always measured.
+        budgets: tokens (256) or shares kept (10%); each name in ``methods`` runs at each.
+        task: needle, multi_needle, threads, kv_recall, perplexity[:FILE], or the path of a JSONL file.
+        samples: examples per task setting (see ``load_task``). lengths: prompt lengths in tokens.
+        seed: of the task's examples and of methods that draw numbers.
+        question: ``seen`` prefills the whole prompt; ``after`` prefills the context only, so that what is evicted in
+            prefill is chosen without having seen the question.
+        max_new_tokens: overrides the examples' own limit (for perplexity: the scored tokens).
+        output: the report directory. A run that was interrupted goes on where it stopped; ``overwrite`` starts afresh.
+        command: how the report says it was made; by default this call.
+
+    Raises:
+        LaconicError: for anything that the user can mend, in one sentence.
+    """
+    if question not in ("seen", "after"):
+        raise LaconicError(f"question is '{question}': use 'seen' or 'after'.")
+    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise LaconicError(f"{name.replace('_', '-')} is {value}: give 1 or more, or leave it out.")
+    cells = plan(methods, budgets)
+    directory = Path(output)
+    prepare_directory(directory)
+    network, tokenizer, model_id = _load_model(model)
+    work = _load_work(task, tokenizer, samples, lengths, seed, question, max_new_tokens)
+    settings = {"seed": seed, "question": question, "max_new_tokens": max_new_tokens}
+    identity = identify(network, model_id, work.task, work.items, settings)
+    command = command or f"laconic.compare({model_id!r}, task={task!r}, output={str(output)!r})"
+    with ResultStore(directory, identity, overwrite=overwrite) as store:
+        return _Run(network, tokenizer, cells, work, store, command).measure(progress)
+
+
+def plan(
+    methods: Sequence[str | Method | Recipe] | str | None, budgets: Sequence[str | int | Budget] | str | None
+) -> list[Cell]:
+    """The cells in order, dense first, each once. Unknown methods and impossible budgets are refused here."""
+    chosen = [methods] if isinstance(methods, (str, Method, Recipe)) else list(methods or DEFAULT_METHODS)
+    sizes = [budgets] if isinstance(budgets, (str, int, Budget)) else list(budgets or DEFAULT_BUDGETS)
+    parsed = [Budget.parse(size) for size in sizes]
+    cells = [Cell("dense", "100%", Recipe.parse("dense"))]
+    for entry in chosen:
+        recipe = Recipe.parse(entry)
+        name = _name(recipe)
+        if name == "dense":
+            continue
+        written = isinstance(entry, str) and ":" in entry.rsplit(")")[-1]
+        if len(recipe.methods) > 1 or written or not recipe.methods[0].budget.is_full:
+            cells.append(Cell(name, str(recipe.methods[-1].budget), recipe))
+            continue
+        for size in parsed:
+            sized = Recipe((dataclasses.replace(recipe.methods[0], budget=size),))
+            cells.append(Cell(name, str(size), sized))
+    return list({cell.key: cell for cell in cells}.values())
+
+
+def _name(recipe: Recipe) -> str:
+    """A single method without its budget, ``tokenselect(refresh=0.95)``; a composition as it is."""
+    if len(recipe.methods) > 1:
+        return str(recipe)
+    method = recipe.methods[0]
+    return str(method).removesuffix(f":{method.budget}")
+
+
+@dataclass
+class Work:
+    """A task made ready for a model."""
+
+    task: Any
+    items: list[measure.Item]
+    notes: list[str]
+
+    @property
+    def metric(self) -> str | None:
+        return self.task.metric
+
+
+def _load_model(model: str | tuple[Any, Any]) -> tuple[Any, Any, str]:
+    if isinstance(model, str):
+        from laconic.models import load
+
+        network, tokenizer = load(model)
+        return network, tokenizer, model
+    try:
+        network, tokenizer = model
+    except (TypeError, ValueError):
+        raise LaconicError("model is a name, a path, a hub id, or a pair (model, tokenizer).") from None
+    return network, tokenizer, getattr(network.config, "_name_or_path", "") or type(network).__name__
+
+
+def _load_work(
+    name: str, tokenizer: Any, samples: int | None, lengths: Sequence[int] | None, seed: int, question: str,
+    max_new_tokens: int | None,
+) -> Work:  # fmt: skip
+    from laconic.evaluation.tasks import load_task
+
+    task = load_task(name, tokenizer, samples=samples, lengths=lengths, seed=seed)
+    if not task.examples:
+        raise LaconicError(f"The task {name} has no examples: give at least one line with a prompt.")
+    if question == "after" and not any(example.question for example in task.examples):
+        raise LaconicError(f"No example of {name} has a 'question', which --question after needs: use --question seen.")
+    items = measure.prepare(
+        task.examples, tokenizer, perplexity=task.metric == "perplexity", question=question,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    return Work(task, items, list(task.problems))
+
+
+class _Run:
+    """The loop over the cells, with everything it needs."""
+
+    def __init__(
+        self, network: Any, tokenizer: Any, cells: list[Cell], work: Work, store: ResultStore, command: str
+    ) -> None:
+        self.cells, self.work, self.store = cells, work, store
+        self.runner = measure.Runner(network, tokenizer)
+        self.notes = [*work.notes, *store.problems, *_length_notes(network, work.items)]
+        identity = store.identity
+        self.header: dict[str, Any] = {
+            "command": command,
+            "versions": identity["versions"],
+            "machine": machine(self.runner.device),
+            "model": {
+                "id": identity["model"],
+                "architecture": type(network).__name__,
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "dtype": identity["dtype"],
+            },
+            "task": {"name": work.task.name, "metric": work.metric, "examples": len(work.items)},
+            "seed": identity["seed"],
+            "question": identity["question"],
+            "methods": list(dict.fromkeys(cell.name for cell in cells)),
+            "budgets": list(dict.fromkeys(cell.budget for cell in cells)),
+            "skipped": [],
+            "notes": self.notes,
+            "started": store.started or _now(),
+            "finished": None,
+        }
+
+    def measure(self, progress: bool) -> Report:
+        """Measures the cells that are not on disk yet, then writes the page."""
+        self.store.write_header(self.header)
+        network = self.runner.model
+        training = network.training
+        network.eval()
+        todo = [cell for cell in self.cells if self.store.finished(cell.key) is None]
+        try:
+            with _progress(progress, todo, sum(item.cost for item in self.work.items)) as advance:
+                self._measure(todo, advance)
+        except KeyboardInterrupt:
+            raise Interrupted(self._how_to_resume()) from None
+        finally:
+            network.train(training)
+        self.header["finished"] = _now()
+        self.store.write_header(self.header)
+        rows = [row for cell in self.cells if (row := self.store.finished(cell.key))]
+        return Report(self.store.directory, rows, self.header, _write_page(self.store.directory), self.notes)
+
+    def _measure(self, todo: list[Cell], advance: Advance) -> None:
+        if not todo:
+            return
+        dense, warm = self.cells[0], set()
+        if dense not in todo:  # its row is on disk, but what the others are compared with is not
+            todo = [dense, *todo]
+        for cell in todo:
+            try:
+                if cell.name not in warm:
+                    measure.warm_up(self.runner, self.work.items[0], cell.recipe)
+                    warm.add(cell.name)
+                row = self._cell(cell, advance)
+            except LaconicError as error:
+                if cell is dense:
+                    raise
+                self.header["skipped"].append({"recipe": cell.key, "reason": str(error)})
+                self.notes.append(f"{cell.key} was left out: {error}")
+                continue
+            if self.store.finished(cell.key) is None:
+                self.store.append(row)
+        if len(self.header["skipped"]) == len(self.cells) - 1 > 0:
+            raise LaconicError(self.header["skipped"][0]["reason"])
+
+    def _cell(self, cell: Cell, advance: Advance) -> dict[str, Any]:
+        measured = measure.measure_cell(
+            self.runner, self.work.items, self.work.metric, cell.recipe, lambda tokens: advance(cell.label, tokens)
+        )
+        weakest = max((method.guarantee for method in cell.recipe.methods), key=GUARANTEES.index)
+        names = {"method": cell.name, "recipe": cell.key, "budget": cell.budget, "task": self.work.task.name}
+        return {**names, "guarantee": weakest, **measured}
+
+    def _how_to_resume(self) -> str:
+        done = sum(self.store.finished(cell.key) is not None for cell in self.cells)
+        return (
+            f"Interrupted: {done} of {len(self.cells)} cells are kept in {self.store.directory}; "
+            "run the same command again to go on."
+        )
+
+
+def _length_notes(network: Any, items: list[measure.Item]) -> list[str]:
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(item.ids) + item.limit for item in items)
+    if not limit or longest <= limit:
+        return []
+    return [f"The longest example takes {longest} tokens with its answer; the model was made for {limit}."]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def _progress(show: bool, todo: list[Cell], cost: int) -> Iterator[Advance]:
+    """A progress bar on stderr that counts tokens; yields ``advance(label, tokens)``."""
+    if not show or not todo:
+        yield lambda label, tokens: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description:<26}"), progress.BarColumn(), progress.TaskProgressColumn(),
+        progress.TextColumn("[dim]elapsed"), progress.TimeElapsedColumn(),
+        progress.TextColumn("[dim]left"), progress.TimeRemainingColumn(),
+    )  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        handle = bar.add_task("dense", total=cost * len(todo))
+        yield lambda label, tokens: bar.update(handle, description=label, advance=tokens)
+
+
+def _write_page(directory: Path) -> Path:
+    from laconic.evaluation.report import write_report
+
+    try:
+        return Path(write_report(directory))
+    except OSError as error:
+        raise LaconicError(
+            f"Cannot write the page in {directory} ({error.strerror or error}): the results are kept in results.jsonl; "
+            "make room and run the same command again."
+        ) from error

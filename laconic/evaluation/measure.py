@@ -1,0 +1,316 @@
+"""One cell of a comparison: a method at a budget on the examples of a task, measured against the dense model.
+
+Every example runs the same way. The prompt without its last token is prefilled in one forward (with
+``question="after"`` only the context); the rest of the prompt and every further token are decode steps of one token.
+Decode steps are *forced* along the dense model's greedy continuation, so that the distributions of both can be compared
+step by step. As long as a method's most likely token is the forced one, its own greedy text is the same; at the first
+difference its own text goes on from a fork of the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from laconic.errors import LaconicError
+from laconic.evaluation import metrics
+from laconic.evaluation.memory import PeakMemory
+
+# Above this, the dense log-probabilities that all cells are compared with are held in half precision.
+REFERENCE_BYTES = 1 << 30
+
+
+@dataclass
+class Item:
+    """An example made ready: token ids, how many of them are prefilled, and what the dense model did with it."""
+
+    example: Any
+    ids: list[int]
+    prefill: int
+    limit: int
+    forced: list[int] | None = None  # the text itself (perplexity), else the dense greedy continuation once known
+    dense: torch.Tensor | None = None  # (T, V) log-probabilities of the dense model along ``forced``
+
+    @property
+    def cost(self) -> int:
+        """Tokens that a run of this item goes through: the unit of the progress bar."""
+        return len(self.ids) + self.limit
+
+
+@dataclass
+class Trace:
+    """What one run of one item gave."""
+
+    logits: list[torch.Tensor]  # one (V,) float32 per forced token
+    forced: list[int]
+    own: list[int]  # the method's own greedy tokens
+    prefill_s: float
+    steps_s: list[float] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def log_probs(self) -> torch.Tensor:
+        """Log-probabilities (T, V) along the forced tokens."""
+        log_probs = torch.stack(self.logits).log_softmax(-1)
+        if bool(torch.isnan(log_probs).any()):
+            raise LaconicError(
+                "The model's logits are not numbers (NaN): load it in float32, or leave this method out."
+            )
+        return log_probs
+
+    def release(self) -> None:
+        """Forgets the distributions, the large part."""
+        self.logits.clear()
+        self.__dict__.pop("log_probs", None)
+
+
+class Runner:
+    """Runs items through a model. ``stop`` are the ids that end a text; ``tokenizer`` turns own tokens into text."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.device = next(model.parameters()).device
+        accepted = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
+        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.stop = stop_ids(model, tokenizer)
+
+    def forward(self, tokens: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any, float]:
+        """Logits (V,) float32 after ``tokens``, the cache, and the seconds it took."""
+        ids = torch.tensor([list(tokens)], device=self.device)
+        self._wait()
+        start = time.perf_counter()
+        out = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache}, **self._extra)
+        self._wait()
+        seconds = time.perf_counter() - start
+        cache = out.get("cache") if out.get("cache") is not None else out.get("past_key_values")
+        return out.logits[0, -1].float(), cache, seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @torch.inference_mode()
+    def run(self, item: Item, handle: Any = None, *, fork: bool = True) -> Trace:
+        """Prefill, then decode along ``item.forced``, or along the greedy choice where that is not known yet.
+
+        Where the method's own greedy choice leaves the forced tokens, its own text goes on from a fork of the cache;
+        with ``fork=False`` it stops there, and ``finish`` can complete it.
+        """
+        cache, steps, prefill_s = self._prompt(item)
+        token, rows, branch = item.ids[-1], [], None
+        forced: list[int] = []
+        own: list[int] = []
+        while len(forced) < (item.limit if item.forced is None else len(item.forced)):
+            logits, cache, seconds = self.forward([token], cache)
+            steps.append(seconds)
+            rows.append(logits)
+            choice = int(logits.argmax())
+            token = choice if item.forced is None else item.forced[len(forced)]
+            if choice != token and not own and item.example.answer is not None:
+                own, branch = [*forced, choice], fork_cache(cache) if fork else None
+            forced.append(token)
+            if item.forced is None and token in self.stop:
+                break
+        stats = handle.stats() if handle is not None else {}
+        if branch is not None:
+            self._continue(own, branch, item.limit)
+        return Trace(rows, forced, own or forced, prefill_s, steps, stats)
+
+    @torch.inference_mode()
+    def finish(self, item: Item, trace: Trace) -> None:
+        """Completes the own text of a run with ``fork=False``, by running the prompt and that text afresh."""
+        if trace.own is trace.forced:
+            return
+        cache, _, _ = self._prompt(item)
+        for token in (item.ids[-1], *trace.own[:-1]):
+            _, cache, _ = self.forward([token], cache)
+        self._continue(trace.own, cache, item.limit)
+
+    @torch.inference_mode()
+    def dropped_mass(self, item: Item, handle: Any) -> float | None:
+        """Attention mass that is not read, as a mean over the forced steps; ``handle`` has to measure it."""
+        cache, _, _ = self._prompt(item)
+        masses = []
+        for token in (item.ids[-1], *(item.forced or [])[:-1]):
+            _, cache, _ = self.forward([token], cache)
+            masses.append(handle.stats()["dropped_mass"])
+        return _mean(masses)
+
+    def _prompt(self, item: Item) -> tuple[Any, list[float], float]:
+        """The prompt without its last token: the cache, seconds per decode step, seconds of the prefill."""
+        cache, steps, prefill_s = None, [], 0.0
+        if item.prefill:
+            _, cache, prefill_s = self.forward(item.ids[: item.prefill], None)
+        for token in item.ids[item.prefill : -1]:
+            _, cache, seconds = self.forward([token], cache)
+            steps.append(seconds)
+        return cache, steps, prefill_s
+
+    def _continue(self, own: list[int], cache: Any, limit: int) -> None:
+        """Adds the method's own greedy text; ``own`` ends with a token that is not fed yet."""
+        while len(own) < limit and own[-1] not in self.stop:
+            logits, cache, _ = self.forward([own[-1]], cache)
+            own.append(int(logits.argmax()))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, without the end mark."""
+        return self.tokenizer.decode([t for t in tokens if t not in self.stop], skip_special_tokens=True)
+
+
+def fork_cache(cache: Any) -> Any:
+    """A copy that can go its own way: the cache's own ``fork`` where it has one, a deep copy otherwise."""
+    return cache.fork() if hasattr(cache, "fork") else copy.deepcopy(cache)
+
+
+def stop_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
+    """Ids that end a text, by the generation config and the tokenizer."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    ids = set(found if isinstance(found, (list, tuple)) else [] if found is None else [found])
+    if getattr(tokenizer, "eos_token_id", None) is not None:
+        ids.add(tokenizer.eos_token_id)
+    return {int(i) for i in ids}
+
+
+def prepare(
+    examples: Sequence[Any],
+    tokenizer: Any,
+    *,
+    perplexity: bool = False,
+    question: str = "seen",
+    max_new_tokens: int | None = None,
+) -> list[Item]:
+    """Examples as items. ``question="after"`` prefills only the context; the question comes token by token."""
+    items = []
+    for number, example in enumerate(examples, 1):
+        ids = list(tokenizer(example.prompt)["input_ids"])
+        if len(ids) < (4 if perplexity else 1):
+            raise LaconicError(f"Example {number} has {len(ids)} tokens, too few to run: give it a longer prompt.")
+        limit = max_new_tokens or example.max_new_tokens
+        if perplexity:
+            half = len(ids) // 2
+            forced = ids[half : half + limit]
+            items.append(Item(example, ids[:half], half - 1, len(forced), forced))
+            continue
+        prefill = len(ids) - 1
+        if question == "after" and example.question:
+            context = list(tokenizer(example.prompt[: -len(example.question)])["input_ids"])
+            prefill = min(prefill, _common_prefix(context, ids))
+        items.append(Item(example, ids, prefill, limit))
+    return items
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning: where a tokenizer joins context and question, the joined token is decoded."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def keep_reference(item: Item, trace: Trace, items: int) -> None:
+    """Stores the dense run of an item, in half precision where all ``items`` of them would not fit well."""
+    item.forced = trace.forced
+    large = trace.log_probs.numel() * 4 * items > REFERENCE_BYTES
+    item.dense = trace.log_probs.to(torch.float16 if large else torch.float32)
+
+
+def judge(runner: Runner, item: Item, trace: Trace, metric: str | None) -> dict[str, Any]:
+    """The row of one example: fidelity (top-1 agreement), kl (nats), and correct, prediction or perplexity."""
+    if item.dense is None:
+        raise ValueError("keep_reference comes first")
+    dense = item.dense.float().log_softmax(-1)
+    example = item.example
+    row: dict[str, Any] = {
+        "meta": dict(example.meta),
+        "tokens": len(item.ids),
+        "correct": None,
+        "fidelity": float(metrics.top1(dense, trace.log_probs).float().mean()),
+        "kl": float(metrics.kl(dense, trace.log_probs).mean()),
+        "prediction": None,
+        "answer": example.answer,
+    }
+    if metric == "perplexity":
+        steps = torch.arange(len(trace.forced), device=trace.log_probs.device)
+        chosen = trace.log_probs[steps, torch.tensor(trace.forced, device=steps.device)]
+        row.update(nll=float(-chosen.sum()), scored=len(trace.forced))
+    elif metric is not None and example.answer is not None:
+        row["prediction"] = runner.text(trace.own)
+        row["correct"] = metrics.score(metric, row["prediction"], example.answer, example.choices)
+    return row
+
+
+def warm_up(runner: Runner, item: Item, recipe: Any, tokens: int = 256, steps: int = 3) -> None:
+    """Runs the beginning of an item once, so that compiling kernels is not timed."""
+    from laconic import apply
+
+    ids = item.ids[:tokens]
+    with apply(runner.model, recipe) as handle:
+        runner.run(Item(item.example, ids, len(ids) - 1, steps), handle)
+
+
+def measure_cell(
+    runner: Runner, items: Sequence[Item], metric: str | None, recipe: Any, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Runs all items under a recipe and returns the measured part of the cell's row.
+
+    Times are means over the examples (prefill) and over all decode steps. Two figures are taken on the longest example:
+    the peak memory above what was in use before (so without the weights), and the attention mass not read, for which
+    the example runs a second time, because measuring it costs a dense pass per step.
+    """
+    from laconic import apply
+
+    longest = max(range(len(items)), key=lambda i: len(items[i].ids))
+    cells, traces, peak = [], [], PeakMemory(runner.device)
+    with apply(runner.model, recipe) as handle:
+        for i, item in enumerate(items):
+            with peak if i == longest else contextlib.nullcontext():
+                trace = runner.run(item, handle, fork=i != longest)
+            if i == longest:
+                runner.finish(item, trace)
+            if item.dense is None:
+                keep_reference(item, trace, len(items))
+            cells.append(judge(runner, item, trace, metric))
+            trace.release()
+            traces.append(trace)
+            advance(item.cost)
+    with apply(runner.model, recipe, measure=True) as handle:
+        mass = runner.dropped_mass(items[longest], handle)
+    measured = summarise(items, traces, cells, metric)
+    return {**measured, "dropped_mass": mass, "peak_bytes": peak.bytes, "peak_source": peak.source}
+
+
+def summarise(items: Sequence[Item], traces: Sequence[Trace], cells: list[dict], metric: str | None) -> dict[str, Any]:
+    """The means of a cell's examples."""
+    steps = [seconds for trace in traces for seconds in trace.steps_s]
+    seen = [len(item.ids) + len(trace.forced) - 1 for item, trace in zip(items, traces, strict=True)]
+    kept = [trace.stats.get("kept") for trace in traces]
+    if metric == "perplexity":
+        quality: float | None = math.exp(sum(c["nll"] for c in cells) / sum(c["scored"] for c in cells))
+    else:
+        quality = _mean([c["correct"] for c in cells])
+    return {
+        "quality": quality,
+        "quality_name": metric if quality is not None else None,
+        "fidelity": _mean([c["fidelity"] for c in cells]),
+        "kl": _mean([c["kl"] for c in cells]),
+        "kept": _mean(kept),
+        "kept_share": _mean([None if k is None else k / n for k, n in zip(kept, seen, strict=True)]),
+        **{key: _mean([t.stats.get(key) for t in traces]) for key in ("bytes_kept", "bytes_read")},
+        "prefill_s": _mean([trace.prefill_s for trace in traces]),
+        "decode_s": _mean(steps),
+        "examples": len(items),
+        "cells": cells,
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,93 @@
+"""The table that ``laconic compare`` prints: one line per cell, each figure with its ratio to dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def size(count: float | None) -> str:
+    """Bytes for people: 1.4 MB (powers of 1000)."""
+    if count is None:
+        return "–"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale * 0.9995:
+            return f"{_three(count / scale)} {unit}"
+    return f"{count:.0f} B"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds for people: 12.3 ms."""
+    if value is None:
+        return "–"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if value >= scale * 0.9995:
+            return f"{_three(value / scale)} {unit}"
+    return f"{_three(value / 1e-6)} µs"
+
+
+def figure(value: float | None) -> str:
+    """A quality or fidelity with two digits, large perplexities with fewer."""
+    return "–" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def ratio(value: float | None, dense: float | None) -> str:
+    """Value / dense as ``×0.05``; nothing where that has no meaning."""
+    if value is None or not dense:
+        return ""
+    quotient = value / dense
+    return f"×{quotient:.0f}" if quotient >= 99.5 else f"×{quotient:.1f}" if quotient >= 9.95 else f"×{quotient:.2f}"
+
+
+COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("kept", "bytes_kept", size),
+    ("read/step", "bytes_read", size),
+    ("prefill", "prefill_s", seconds),
+    ("decode/token", "decode_s", seconds),
+    ("peak memory", "peak_bytes", size),
+)
+
+
+def build_table(rows: list[dict[str, Any]], run: dict[str, Any], *, ratios: bool = True) -> Table:
+    """A rich table, 120 columns wide with ``ratios`` to dense and 84 without, unless a method has a long name.
+
+    ``rows`` as in results.jsonl, dense first; ``run`` as in run.json.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    dense = next((row for row in rows if row["method"] == "dense"), {})
+    quality = next((row["quality_name"] for row in rows if row["quality_name"]), None)
+    beside = "; × is relative to dense" if ratios else ""
+    count = run["task"]["examples"]
+    title = f"{run['model']['id']} on {run['task']['name']}, {count} example{'s' * (count != 1)}{beside}"
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    table.show_edge = table.pad_edge = False
+    table.add_column("method", overflow="fold", min_width=min(18, max(len(row["method"]) for row in rows)))
+    for name in ("budget", *([quality] if quality else []), "fidelity", "KL", *(column[0] for column in COLUMNS)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row, dense if ratios else {}, bool(quality)), end_section=row["method"] == "dense")
+    return table
+
+
+def _cells(row: dict[str, Any], dense: dict[str, Any], quality: bool) -> list[str]:
+    from rich.markup import escape
+
+    def beside(text: str, key: str) -> str:
+        share = "" if row is dense else ratio(row[key], dense.get(key))
+        return f"{text} [dim]{share:>5}[/dim]" if dense else text
+
+    cells = [escape(row["method"]), row["budget"]]
+    if quality:
+        cells.append(beside(figure(row["quality"]), "quality"))
+    cells += [figure(row["fidelity"]), figure(row["kl"])]
+    return cells + [beside(show(row[key]), key) for _, key, show in COLUMNS]

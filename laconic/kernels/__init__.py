@@ -1,0 +1,129 @@
+"""The hot functions, dispatched by device and dtype to plain torch, numba (CPU) or triton (GPU).
+
+Shapes everywhere: query ``(batch, heads, head_dim)`` of one step; keys and values ``(batch, kv_heads, n, head_dim)``, views
+with any strides as long as the last dimension is contiguous; query head h uses KV head ``h // (heads // kv_heads)``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from laconic.errors import LaconicError
+from laconic.kernels import reference
+
+FAST_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _implementation(*tensors: torch.Tensor) -> ModuleType:
+    """The fastest module that serves these tensors."""
+    first = tensors[0]
+    same = all(t.dtype == first.dtype and t.stride(-1) == 1 and not t.requires_grad for t in tensors)
+    if same and first.device.type == "cpu" and first.dtype in FAST_DTYPES:
+        from laconic.kernels import cpu
+
+        return cpu
+    if same and first.device.type == "cuda":
+        from laconic.kernels import gpu
+
+        return gpu
+    return reference
+
+
+def decode_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    starts: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention of one query per row over all entries from ``starts`` on.
+
+    Returns:
+        output ``(batch, heads, head_dim)`` in the query's dtype and the log of the softmax denominator ``(batch, heads)``,
+        float32, with which partial attentions merge exactly (see ``merge_attention``). Nothing visible: zeros and -inf.
+    """
+    module = _implementation(query, keys, values)
+    return module.decode_attention(query, keys, values, scale=scale, starts=starts, softcap=softcap)
+
+
+def selected_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``decode_attention`` over the entries ``indices`` only, int64 ``(batch, kv_heads or 1, k)``; -1 is an empty slot.
+
+    Only the selected rows are read, in place: nothing is gathered into a copy.
+    """
+    module = _implementation(query, keys, values)
+    return module.selected_attention(query, keys, values, indices, scale=scale, softcap=softcap)
+
+
+def vote(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scale: float,
+    starts: torch.Tensor | None = None,
+    stop: int | None = None,
+    over: str = "layer",
+) -> torch.Tensor:
+    """Soft vote (TokenSelect, 2024): softmax of the scaled logits per query head over slots starts..stop-1, summed over heads.
+
+    Returns:
+        float32 ``(batch, 1, n)`` over all heads of the layer, or ``(batch, kv_heads, n)`` with ``over="group"``; 0 outside
+        the candidates.
+    """
+    if over not in ("layer", "group"):
+        raise LaconicError(f"vote: over='{over}' is unknown: use layer or group.")
+    module = _implementation(query, keys)
+    return module.vote(query, keys, scale=scale, starts=starts, stop=stop, over=over)
+
+
+def topk(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the k largest per row, ascending; ties go to the lowest index. int64 ``(batch, heads, k)``."""
+    if not 0 < k <= scores.shape[-1]:
+        raise LaconicError(f"topk: {k} of {scores.shape[-1]} entries cannot be chosen.")
+    if bool(torch.isnan(scores).any()):
+        raise LaconicError("topk: some scores are not numbers (NaN): the model's activations overflow; try float32.")
+    return reference.topk(scores, k)
+
+
+def column_sums(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scale: float,
+    starts: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention probability that each key receives, summed over the query rows, in O(rows-block x n) memory.
+
+    Args:
+        query: ``(batch, heads, rows, head_dim)``: the last ``rows`` positions. A single row gives its probabilities.
+        starts: ``(batch, kv_heads)`` first visible slot; rows before it are padding and give nothing.
+        window: a row sees only the last ``window`` slots, its own included.
+
+    Returns:
+        float32 ``(batch, heads, n)``.
+    """
+    return reference.column_sums(query, keys, scale=scale, starts=starts, window=window)
+
+
+def merge_attention(
+    outputs: list[torch.Tensor], lses: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over disjoint parts as one: ``outputs`` (batch, heads, head_dim) each, ``lses`` (batch, heads) each."""
+    stacked = torch.stack(lses)
+    lse = stacked.logsumexp(0)
+    weights = (stacked - lse.masked_fill(lse == float("-inf"), 0.0)).exp()
+    output = (weights[..., None] * torch.stack(outputs).float()).sum(0)
+    return output.to(outputs[0].dtype), lse

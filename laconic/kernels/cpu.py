@@ -1,0 +1,272 @@
+"""The kernels on the CPU, in numba: each key row is read once for all query heads of its group, from wherever it lies.
+
+Arrays come in flat, with strides in elements: a slice of a flat array is contiguous to the compiler, which can then use
+SIMD; a strided view of four dimensions is not.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+import torch
+from numba.core import types
+from numba.extending import intrinsic
+
+BLOCK = 64  # keys whose logits are held at a time
+CHUNK = 1024  # keys per task of the vote
+NEGATIVE = np.float32(-np.inf)
+_OPTIONS = {"fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}, "nogil": True, "cache": True}
+
+
+@intrinsic
+def _as_float(context, value):
+    """A stored element as float32: float32 as it is, bfloat16 (its bits, uint16) moved to the upper half."""
+
+    def generate(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        if signature.args[0] == types.int8:
+            return builder.sitofp(args[0], context.get_value_type(types.float32))
+        word = context.get_value_type(types.uint32)
+        wide = builder.shl(builder.zext(args[0], word), word(16))
+        return builder.bitcast(wide, context.get_value_type(types.float32))
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def _power_of_two(context, exponent):
+    """2 ** exponent for an int32 in the range of float32, by writing the exponent bits."""
+
+    def generate(context, builder, signature, args):
+        word = context.get_value_type(types.int32)
+        bits = builder.shl(builder.add(args[0], word(127)), word(23))
+        return builder.bitcast(bits, context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+@nb.njit(inline="always", **_OPTIONS)
+def _exp(x):
+    """exp for x <= 0 to about 2e-7 relative, of plain arithmetic so that loops over it become SIMD."""
+    t = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
+    whole = np.int32(t - np.float32(0.5))  # towards zero: t is not positive, so this is the nearest integer
+    f = (t - np.float32(whole)) * np.float32(0.6931471805599453)
+    p = np.float32(1 / 5040)
+    p = p * f + np.float32(1 / 720)
+    p = p * f + np.float32(1 / 120)
+    p = p * f + np.float32(1 / 24)
+    p = p * f + np.float32(1 / 6)
+    p = p * f + np.float32(0.5)
+    p = p * f + np.float32(1.0)
+    p = p * f + np.float32(1.0)
+    return p * _power_of_two(whole)
+
+
+@nb.njit(**_OPTIONS)
+def _part(query, keys, values, key_stride, value_stride, index, begin, end, scale, softcap, output, state):
+    """Attention of ``query`` (group, d) over rows ``begin..end-1`` (or index[begin..end-1]) of flat keys and values.
+
+    Writes the unnormalised output (group, dv) and the state (group, 2): running maximum and sum.
+    """
+    group, dim = query.shape
+    value_dim = output.shape[1]
+    logits = np.empty((group, BLOCK), np.float32)
+    rows = np.empty(BLOCK, np.int64)
+    row_key = np.empty(dim, np.float32)
+    state[:, 0], state[:, 1] = NEGATIVE, np.float32(0.0)
+    output[:] = np.float32(0.0)
+    at = begin
+    while at < end:
+        count = 0
+        while at < end and count < BLOCK:
+            row = at if index.shape[0] == 0 else index[at]
+            at += 1
+            if row >= 0:
+                rows[count] = row
+                count += 1
+        for j in range(count):
+            source = keys[rows[j] * key_stride : rows[j] * key_stride + dim]
+            for i in range(dim):
+                row_key[i] = _as_float(source[i])
+            for g in range(group):
+                total = np.float32(0.0)
+                for i in range(dim):
+                    total += query[g, i] * row_key[i]
+                logits[g, j] = total * scale
+        for g in range(group):
+            if softcap > 0:
+                for j in range(count):
+                    logits[g, j] = softcap * np.tanh(logits[g, j] / softcap)
+            top = state[g, 0]
+            for j in range(count):
+                top = max(top, logits[g, j])
+            if count and top > state[g, 0]:
+                shrink = np.float32(np.exp(state[g, 0] - top)) if state[g, 1] > 0 else np.float32(0.0)
+                state[g, 0], state[g, 1] = top, state[g, 1] * shrink
+                for i in range(value_dim):
+                    output[g, i] *= shrink
+            total = np.float32(0.0)
+            for j in range(count):
+                logits[g, j] = _exp(logits[g, j] - top)
+                total += logits[g, j]
+            state[g, 1] += total
+        for j in range(count):
+            source = values[rows[j] * value_stride : rows[j] * value_stride + value_dim]
+            for g in range(group):
+                weight = logits[g, j]
+                for i in range(value_dim):
+                    output[g, i] += weight * _as_float(source[i])
+
+
+@nb.njit(parallel=True, **_OPTIONS)
+def _attend(query, keys, values, key_strides, value_strides, index, starts, n, splits, scale, softcap, output, state):
+    """All rows and KV heads, each in ``splits`` parts: output (batch, kv_heads, splits, group, dv), state (..., group, 2)."""
+    kv_heads = query.shape[1]
+    for job in nb.prange(query.shape[0] * kv_heads * splits):
+        task = np.int64(job)  # the index of prange is unsigned, which would turn sums into floats
+        b, rest = divmod(task, kv_heads * splits)
+        h, part = divmod(rest, splits)
+        length = (n - starts[b, h] + splits - 1) // splits
+        begin = starts[b, h] + part * length
+        end = min(n, begin + length)
+        flat_keys = keys[b * key_strides[0] + h * key_strides[1] :]
+        flat_values = values[b * value_strides[0] + h * value_strides[1] :]
+        chosen = index[min(b, index.shape[0] - 1), min(h, index.shape[1] - 1)]
+        _part(
+            query[b, h], flat_keys, flat_values, key_strides[2], value_strides[2], chosen, begin, end,
+            scale, softcap, output[b, h, part], state[b, h, part],
+        )  # fmt: skip
+
+
+@nb.njit(parallel=True, **_OPTIONS)
+def _vote_chunks(query, keys, strides, starts, stop, scale, weights, tops, sums):
+    """exp(logit - top of its chunk) into ``weights`` (batch, kv_heads, group, n), with tops and sums (..., chunks) per chunk."""
+    batch, kv_heads, group, dim = query.shape
+    chunks = tops.shape[3]
+    for job in nb.prange(batch * kv_heads * chunks):
+        task = np.int64(job)  # the index of prange is unsigned, which would turn sums into floats
+        b, rest = divmod(task, kv_heads * chunks)
+        h, chunk = divmod(rest, chunks)
+        begin, end = max(chunk * CHUNK, starts[b, h]), min((chunk + 1) * CHUNK, stop)
+        base = b * strides[0] + h * strides[1]
+        row_key = np.empty(dim, np.float32)
+        for j in range(begin, end):
+            source = keys[base + j * strides[2] : base + j * strides[2] + dim]
+            for i in range(dim):
+                row_key[i] = _as_float(source[i])
+            for g in range(group):
+                total = np.float32(0.0)
+                for i in range(dim):
+                    total += query[b, h, g, i] * row_key[i]
+                weights[b, h, g, j] = total * scale
+        for g in range(group):
+            _soften(weights[b, h, g], begin, end, tops[b, h, g], sums[b, h, g], chunk)
+
+
+@nb.njit(**_OPTIONS)
+def _soften(logits, begin, end, tops, sums, chunk):
+    """Logits begin..end-1 become exp(logit - top); the top and the sum of the chunk are noted."""
+    top = NEGATIVE
+    for j in range(begin, end):
+        top = max(top, logits[j])
+    total = np.float32(0.0)
+    for j in range(begin, end):
+        logits[j] = _exp(logits[j] - top)
+        total += logits[j]
+    tops[chunk], sums[chunk] = top, total
+
+
+@nb.njit(parallel=True, **_OPTIONS)
+def _gather_votes(weights, factors, starts, stop, votes):
+    """votes (batch, kv_heads or 1, n) = sum over heads of weight * factor of its chunk, (batch, kv_heads, group, chunks)."""
+    batch, kv_heads, group, _ = weights.shape
+    chunks, outputs = factors.shape[3], votes.shape[1]
+    for job in nb.prange(batch * outputs * chunks):
+        task = np.int64(job)  # the index of prange is unsigned, which would turn sums into floats
+        b, rest = divmod(task, outputs * chunks)
+        o, chunk = divmod(rest, chunks)
+        for h in range(o, o + 1 if outputs > 1 else kv_heads):
+            begin, end = max(chunk * CHUNK, starts[b, h]), min((chunk + 1) * CHUNK, stop)
+            for g in range(group):
+                factor = factors[b, h, g, chunk]
+                for j in range(begin, end):
+                    votes[b, o, j] += weights[b, h, g, j] * factor
+
+
+def _flat(tensor: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The memory that a view spans, as one flat array, and the view's strides of batch, head and entry in elements."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((max(span, 0),), (1,)).numpy(), np.array(tensor.stride()[:3], np.int64)
+
+
+def _grouped(query: torch.Tensor, kv_heads: int) -> np.ndarray:
+    batch, heads, dim = query.shape
+    return query.detach().float().reshape(batch, kv_heads, heads // kv_heads, dim).contiguous().numpy()
+
+
+def _starts(starts: torch.Tensor | None, batch: int, kv_heads: int) -> np.ndarray:
+    if starts is None:
+        return np.zeros((batch, kv_heads), np.int64)
+    return np.ascontiguousarray(starts.expand(batch, kv_heads).numpy())
+
+
+def _run(query, keys, values, index, starts, n, scale, softcap):
+    batch, kv_heads = keys.shape[:2]
+    grouped = _grouped(query, kv_heads)
+    tasks = batch * kv_heads
+    splits = max(1, min(-(-4 * nb.get_num_threads() // tasks), n // 512))
+    flat_keys, key_strides = _flat(keys.detach())
+    flat_values, value_strides = _flat(values.detach())
+    output = np.empty((*grouped.shape[:2], splits, grouped.shape[2], values.shape[-1]), np.float32)
+    state = np.empty((*output.shape[:4], 2), np.float32)
+    _attend(
+        grouped, flat_keys, flat_values, key_strides, value_strides, index, starts, n, splits,
+        np.float32(scale), np.float32(softcap or 0.0), output, state,
+    )  # fmt: skip
+    parts, state = torch.from_numpy(output), torch.from_numpy(state)
+    top = state[..., 0].amax(2, keepdim=True)
+    weight = (state[..., 0] - top.masked_fill(top == -torch.inf, 0.0)).exp()
+    total = (weight * state[..., 1]).sum(2)
+    merged = (weight[..., None] * parts).sum(2) / total.clamp(min=1e-38)[..., None]
+    lse = top[:, :, 0] + total.log()
+    return merged.reshape(batch, query.shape[1], -1).to(query.dtype), lse.reshape(batch, query.shape[1])
+
+
+def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
+    batch, kv_heads, n = keys.shape[:3]
+    none = np.empty((1, 1, 0), np.int64)
+    return _run(query, keys, values, none, _starts(starts, batch, kv_heads), n, scale, softcap)
+
+
+def selected_attention(query, keys, values, indices, *, scale, softcap=None):
+    batch, kv_heads = keys.shape[:2]
+    index = np.ascontiguousarray(indices.numpy())
+    return _run(query, keys, values, index, _starts(None, batch, kv_heads), index.shape[2], scale, softcap)
+
+
+def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
+    batch, kv_heads, n = keys.shape[:3]
+    grouped = _grouped(query, kv_heads)
+    stop = n if stop is None else min(stop, n)
+    chunks = max(1, -(-stop // CHUNK))
+    weights = np.empty((*grouped.shape[:3], n), np.float32)
+    tops = np.full((*grouped.shape[:3], chunks), NEGATIVE, np.float32)
+    sums = np.zeros_like(tops)
+    first = _starts(starts, batch, kv_heads)
+    flat, strides = _flat(keys.detach())
+    _vote_chunks(grouped, flat, strides, first, stop, np.float32(scale), weights, tops, sums)
+    return _tally(weights, tops, sums, first, stop, over)
+
+
+def _tally(weights, tops, sums, first, stop, over):
+    """Votes from the chunks' weights: every chunk is brought to the common maximum and divided by the common sum."""
+    batch, kv_heads, _, n = weights.shape
+    best = tops.max(-1, keepdims=True)
+    factors = np.exp(tops - np.where(np.isneginf(best), 0.0, best).astype(np.float32))
+    factors /= np.maximum((factors * sums).sum(-1, keepdims=True), np.float32(1e-38))
+    votes = np.zeros((batch, 1 if over == "layer" else kv_heads, n), np.float32)
+    _gather_votes(weights, factors, first, stop, votes)
+    return torch.from_numpy(votes)

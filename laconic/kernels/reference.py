@@ -1,0 +1,89 @@
+"""The kernels in plain torch: what they mean. Every faster version is held to these."""
+
+from __future__ import annotations
+
+import torch
+
+NEGATIVE = float("-inf")
+
+
+def _logits(
+    query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None
+) -> torch.Tensor:
+    """q.k, float32 ``(batch, kv_heads, group, n)``."""
+    batch, heads, dim = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query.view(batch, kv_heads, heads // kv_heads, dim).float()
+    logits = torch.matmul(grouped, keys.float().transpose(-1, -2)) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _attend(logits: torch.Tensor, values: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the last axis times values; rows with nothing to see give zeros and lse -inf."""
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == NEGATIVE, 0.0)[..., None]).exp()
+    output = torch.matmul(weights, values.float())
+    return output.reshape(*query.shape[:2], -1).to(query.dtype), lse.reshape(query.shape[:2])
+
+
+def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
+    logits = _logits(query, keys, scale, softcap)
+    if starts is not None:
+        slot = torch.arange(keys.shape[2], device=keys.device)
+        logits = logits.masked_fill((slot < starts[..., None])[:, :, None], NEGATIVE)
+    return _attend(logits, values, query)
+
+
+def selected_attention(query, keys, values, indices, *, scale, softcap=None):
+    index = indices.expand(-1, keys.shape[1], -1)
+    rows = index.clamp(min=0)[..., None]
+    picked_keys, picked_values = (t.gather(2, rows.expand(-1, -1, -1, t.shape[-1])) for t in (keys, values))
+    logits = _logits(query, picked_keys, scale, softcap).masked_fill((index < 0)[:, :, None], NEGATIVE)
+    return _attend(logits, picked_values, query)
+
+
+def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
+    logits = _logits(query, keys, scale)
+    slot = torch.arange(keys.shape[2], device=keys.device)
+    if starts is not None:
+        logits = logits.masked_fill((slot < starts[..., None])[:, :, None], NEGATIVE)
+    if stop is not None:
+        logits = logits.masked_fill(slot >= stop, NEGATIVE)
+    votes = logits.softmax(-1).nan_to_num(0.0).sum(2)
+    return votes.sum(1, keepdim=True) if over == "layer" else votes
+
+
+def topk(scores, k):
+    """By selection, without sorting all: everything above the k-th value, then ties from the lowest index up."""
+    kth = scores.topk(k, dim=-1).values[..., -1:]
+    above, tied = scores > kth, scores == kth
+    room = k - above.sum(-1, keepdim=True)
+    chosen = above | (tied & (tied.cumsum(-1) <= room))
+    return chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
+
+
+def column_sums(query, keys, *, scale, starts=None, window=None, rows=256):
+    batch, heads, count, dim = query.shape
+    kv_heads, n = keys.shape[1:3]
+    grouped = query.view(batch, kv_heads, heads // kv_heads, count, dim)
+    sums = torch.zeros(batch, kv_heads, heads // kv_heads, n, dtype=torch.float32, device=query.device)
+    for begin in range(0, count, rows):
+        end = min(begin + rows, count)
+        row = torch.arange(n - count + begin, n - count + end, device=query.device)[:, None]
+        stop = n - count + end  # nothing above the diagonal is computed
+        start = 0 if window is None else max(0, n - count + begin - window + 1)
+        slot = torch.arange(start, stop, device=query.device)
+        hidden = slot > row
+        if window is not None:
+            hidden = hidden | (slot <= row - window)
+        part = grouped[..., begin:end, :].float().flatten(2, 3) @ keys[:, :, start:stop].float().transpose(-1, -2)
+        logits = part.mul_(scale).view(batch, kv_heads, -1, end - begin, stop - start)
+        if starts is None:
+            logits.masked_fill_(hidden, NEGATIVE)
+            sums[..., start:stop] += logits.softmax(-1).sum(3)
+        else:
+            first = starts[:, :, None, None, None]
+            logits.masked_fill_(hidden | (slot < first), NEGATIVE)
+            weights = logits.softmax(-1).masked_fill(row < first, 0.0)  # rows of padding attend to nothing
+            sums[..., start:stop] += weights.sum(3)
+    return sums.view(batch, heads, n)

@@ -1,0 +1,79 @@
+"""Which set, given worth and budget. All selections are slots in ascending order, -1 for an empty slot, ties to the lowest."""
+
+from __future__ import annotations
+
+import torch
+
+from laconic import kernels
+from laconic.errors import LaconicError
+
+
+def keep_top(
+    scores: torch.Tensor,
+    quota: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    name: str = "selection",
+) -> torch.Tensor:
+    """Top-k by row with protected ends.
+
+    Args:
+        scores: float ``(batch, heads, n)``; higher is better.
+        quota: int ``(batch,)``: how many to keep per row, protected ones included.
+        starts: first visible slot ``(batch, kv_heads)``; slots before it are never kept. None: all are visible.
+        sinks, recent: the first and the newest visible slots, which are always kept.
+        name: who asks, for the error.
+
+    Returns:
+        int64 ``(batch, heads, max(quota))``.
+
+    Raises:
+        LaconicError: when a row has more tokens than its quota and the quota cannot hold the protected ones.
+    """
+    batch, heads, n = scores.shape
+    slot = torch.arange(n, device=scores.device)
+    first = starts[:, :heads, None] if starts is not None else torch.zeros(1, 1, 1, dtype=torch.int64, device=slot.device)
+    visible = (n - first[..., 0]).amin(-1)
+    if bool(((quota < sinks + recent) & (quota < visible)).any()):
+        raise LaconicError(
+            f"{name}: a budget of {int(quota.min())} tokens cannot hold the {sinks} first and {recent} newest tokens "
+            "that are always kept: give a larger budget, or lower sinks and recent."
+        )
+    worth = scores.float().masked_fill((slot < first + sinks) | (slot >= n - recent), float("inf"))
+    worth = worth.masked_fill(slot < first, float("-inf"))
+    largest = int(quota.max())
+    if bool((quota == largest).all()):
+        picked = kernels.topk(worth, largest)
+    else:  # rows of different lengths: the shorter ones get empty slots in front
+        picked = torch.full((batch, heads, largest), -1, dtype=torch.int64, device=scores.device)
+        for row, k in enumerate(quota.tolist()):
+            picked[row, :, largest - k :] = kernels.topk(worth[row : row + 1], k)[0]
+    if starts is not None:
+        picked = picked.masked_fill(picked < first, -1).sort(dim=-1).values
+    return picked
+
+
+def threshold(scores: torch.Tensor, value: float) -> torch.Tensor:
+    """Boolean ``(..., n)``: scores above ``value``."""
+    return scores > value
+
+
+def coverage(weights: torch.Tensor, mass: float) -> torch.Tensor:
+    """Boolean ``(..., n)``: the smallest set of largest ``weights`` (..., n, >= 0) that holds at least ``mass`` of their sum."""
+    order = weights.argsort(dim=-1, descending=True, stable=True)
+    sorted_weights = weights.gather(-1, order)
+    before = sorted_weights.cumsum(-1) - sorted_weights
+    needed = before < mass * weights.sum(-1, keepdim=True)
+    return torch.zeros_like(needed).scatter(-1, order, needed)
+
+
+def quota_top(scores: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+    """Top-k with a quota per head: int64 ``(batch, heads, max(quota))`` from ``scores`` (batch, heads, n), ``quota`` (batch, heads).
+
+    Heads with a smaller quota get empty slots (-1) in front.
+    """
+    largest = int(quota.max())
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :largest]
+    rank = torch.arange(largest, device=scores.device)
+    return order.masked_fill(rank >= quota[..., None], -1).sort(dim=-1).values

@@ -1,0 +1,113 @@
+"""A recipe: methods in order, as text, as a file, or in Python."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laconic import registry
+from laconic.budget import Budget
+from laconic.errors import LaconicError, quote
+from laconic.method import Method
+
+_PART = re.compile(r"(?P<name>[A-Za-z_][\w\-]*)\s*(?:\((?P<parameters>[^()]*)\))?\s*(?::\s*(?P<budget>[\w:.%\-]+))?")
+
+_PLUS = re.compile(r"\+(?![^()]*\))")  # a plus inside parentheses belongs to a number
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered composition of methods. ``str(recipe)`` parses back to an equal recipe."""
+
+    methods: tuple[Method, ...]
+
+    @classmethod
+    def parse(cls, value: str | Method | Recipe | Iterable[Method]) -> Recipe:
+        """From ``"snapkv:20% + tokenselect(refresh=0.95):256"``, from methods, or from the path of a recipe file.
+
+        A part is ``name``, ``name:budget`` or ``name(parameter=value, ...):budget``; parts are joined by ``+``.
+        """
+        if isinstance(value, Recipe):
+            return value
+        if isinstance(value, Method):
+            return cls((value,))
+        if not isinstance(value, str):
+            return cls(tuple(value) if isinstance(value, Iterable) else ())
+        if value.lower().endswith((".json", ".yaml", ".yml")):
+            return cls.load(value)
+        return cls(tuple(_part(part) for part in _PLUS.split(value)))
+
+    def __post_init__(self) -> None:
+        if not self.methods or not all(isinstance(method, Method) for method in self.methods):
+            raise LaconicError("A recipe is one or more methods: write for instance 'tokenselect:256'.")
+
+    def __str__(self) -> str:
+        return " + ".join(str(method) for method in self.methods)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, or YAML when the name ends in .yaml or .yml."""
+        parts = [{"method": m.id, "budget": str(m.budget), **m.parameters()} for m in self.methods]
+        try:
+            Path(path).write_text(_dump({"recipe": parts}, path), encoding="utf-8")
+        except OSError as error:
+            raise LaconicError(f"The recipe cannot be written to {path}: {error.strerror}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Reads what ``save`` wrote."""
+        try:
+            data = _read(path)
+            parts = [dict(part) for part in data["recipe"]]
+            names = [part.pop("method") for part in parts]
+            if not all(isinstance(text, str) for text in (*names, *(key for part in parts for key in part))):
+                raise TypeError
+        except OSError as error:
+            raise LaconicError(f"The recipe {quote(path)} cannot be read: {error.strerror}.") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise LaconicError(f"{quote(path)} is not a recipe: it needs a list 'recipe' of objects with 'method'.") from error
+        return cls(tuple(registry.get(name, **part) for name, part in zip(names, parts, strict=True)))
+
+
+def _part(text: str) -> Method:
+    match = _PART.fullmatch(text.strip())
+    if match is None:
+        raise LaconicError(f"{quote(text)} is not a method: write name, name:budget or name(parameter=value):budget.")
+    parameters: dict[str, Any] = {}
+    for item in filter(None, (item.strip() for item in (match["parameters"] or "").split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise LaconicError(f"{quote(item)} in {quote(text)} is not a parameter: write parameter=value.")
+        if key.strip() in parameters or (key.strip() == "budget" and match["budget"]):
+            raise LaconicError(f"{quote(text)} gives {key.strip()} twice: give it once.")
+        parameters[key.strip()] = value.strip()
+    if match["budget"]:
+        parameters["budget"] = Budget.parse(match["budget"])
+    return registry.get(match["name"], **parameters)
+
+
+def _is_yaml(path: str | Path) -> bool:
+    return str(path).lower().endswith((".yaml", ".yml"))
+
+
+def _dump(data: dict, path: str | Path) -> str:
+    if _is_yaml(path):
+        import yaml
+
+        return yaml.safe_dump(data, sort_keys=False)
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _read(path: str | Path) -> Any:
+    text = Path(path).read_text(encoding="utf-8")
+    if _is_yaml(path):
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from error
+    return json.loads(text)
