@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from laconic.errors import LaconicError
+from laconic.kernels.index import KeyIndex
 
 if TYPE_CHECKING:
     from laconic.attention.engine import Policy
@@ -140,6 +141,7 @@ class KVLayer(CacheLayerMixin):
         self.padded = False
         self.passed = 0  # the sliding window behind which entries were dropped; 0 when all are still there
         self.slots: dict[str, torch.Tensor] = {}
+        self._index: KeyIndex | None = None
         self.is_initialized = False
 
     # --- what transformers calls -------------------------------------------------------------------------------------
@@ -186,6 +188,7 @@ class KVLayer(CacheLayerMixin):
             buffer.rows(beam_idx)
         self.memory = {name: _rows(value, beam_idx) for name, value in self.memory.items()}
         self.slots = {name: _rows(value, beam_idx) for name, value in self.slots.items()}
+        self._index = None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reorder_cache(indices)
@@ -222,6 +225,7 @@ class KVLayer(CacheLayerMixin):
         self.seen -= count
         self.memory = {name: value for name, value in self.memory.items() if name == "prompt"}  # shares stay what they were
         self.slots.clear()
+        self._index = None
 
     def offload(self) -> None:
         raise LaconicError("Offloading is not supported inside laconic.apply: leave cache_implementation unset.")
@@ -280,6 +284,7 @@ class KVLayer(CacheLayerMixin):
         for buffer in self._buffers():
             buffer.keep(slots)
         self.slots.clear()
+        self._index = None
         empty = slots < 0
         if bool(empty.any()):
             self._positions.view().masked_fill_(empty, EMPTY)
@@ -292,6 +297,7 @@ class KVLayer(CacheLayerMixin):
         for buffer in self._buffers():
             buffer.drop_front(count)
         self.slots = {name: (slots - count).clamp(min=-1) for name, slots in self.slots.items()}
+        self._index = None
 
     def track(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """Appends ``new`` (batch, kv_heads, count) to the track so that it covers all entries; returns a view."""
@@ -313,11 +319,20 @@ class KVLayer(CacheLayerMixin):
             self.track("raw_keys", fresh)
         return self.tracks["raw_keys"].view()
 
+    def key_index(self) -> KeyIndex:
+        """8-bit keys of all entries, for scoring; kept beside the cache from the first call on, made anew after evictions."""
+        if self._index is None:
+            self._index = KeyIndex(self.keys)
+        elif self._index.n < self.n:
+            self._index.append(self.keys[:, :, self._index.n :])
+        return self._index
+
     @property
     def bytes_kept(self) -> int:
-        """Bytes of the entries held: keys, values and tracks."""
+        """Bytes of the entries held: keys, values, tracks and 8-bit keys."""
         held = [b for b in self._buffers() if b is not self._positions]
-        return sum(b.view().numel() * b.view().element_size() for b in held)
+        index = 0 if self._index is None else self._index.bytes
+        return index + sum(b.view().numel() * b.view().element_size() for b in held)
 
     def copy(self, request: Request) -> KVLayer:
         twin = KVLayer(self.index, self.layers, request, reserve=self.reserve)

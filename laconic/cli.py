@@ -24,6 +24,8 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Weights as float32, bfloat16, ...; by default as stored.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a local path, or a hub id.")]
 
 
@@ -122,17 +124,16 @@ def compare(
         str | None, typer.Option("--budgets", help="What may stay: tokens (256) or shares (10%), separated by commas.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the report.")] = Path("laconic-report"),
-    samples: Annotated[int | None, typer.Option("--samples", help="Examples per setting of the task.")] = None,
-    lengths: Annotated[str | None, typer.Option("--lengths", help="Prompt lengths in tokens: 1024,4096")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Number of examples in all.")] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="Prompt lengths (built-in tasks): 1024,4096")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the task's examples.")] = 0,
     question: Annotated[
         str,
-        typer.Option(
-            "--question",
-            help="seen: the prompt is prefilled whole; after: methods choose before they see the question.",
-        ),
+        typer.Option("--question", help="seen: prefill the whole prompt; after: choose before seeing the question."),
     ] = "seen",
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different run in --output.")] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")] = False,
@@ -168,6 +169,8 @@ def compare(
         seed=seed,
         question=question,
         max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
         output=output,
         overwrite=overwrite,
         progress=not quiet,
@@ -201,6 +204,8 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of sampling, with --temperature.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -215,9 +220,17 @@ def generate(
     from laconic.generation import generate as run
 
     text = prompt if prompt is not None else _standard_input()
-    stream = None if as_json else sys.stdout
     result = run(
-        model, text, method, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat, stream=stream
+        model,
+        text,
+        method,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        device=device,
+        dtype=dtype,
+        stream=None if as_json else sys.stdout,
     )
     if as_json:
         _print_json(result)

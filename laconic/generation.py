@@ -19,6 +19,8 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Continues ``prompt`` and returns text, counts, times and the cache's figures.
@@ -28,6 +30,7 @@ def generate(
         recipe: what is applied, such as ``"tokenselect:256"``.
         temperature: 0 is greedy; otherwise tokens are sampled, with ``seed``.
         chat: puts the prompt into the tokenizer's chat template.
+        device, dtype: see ``compare``.
         stream: where the text is written as it comes.
 
     Returns:
@@ -37,11 +40,11 @@ def generate(
     Raises:
         LaconicError: for a model, recipe or prompt that cannot work.
     """
-    from laconic import Recipe, apply, load
+    from laconic import Recipe, apply
+    from laconic.evaluation.workload import open_model
 
     recipe = Recipe.parse(recipe)  # before the model is loaded, which may take long
-    name = model if isinstance(model, str) else type(model[0]).__name__
-    network, tokenizer = load(model) if isinstance(model, str) else model
+    network, tokenizer, name = open_model(model, device, dtype)
     inputs = _encode(tokenizer, prompt, chat).to(next(network.parameters()).device)
     clock = _Clock(_writer(tokenizer, stream))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

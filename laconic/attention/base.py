@@ -53,29 +53,28 @@ class AttentionMethod(Method):
     def quota(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Tokens that may stay per row, ``(batch,)``; never more than a row has visible."""
         visible = layer.lengths
-        base = layer.memory.get("prompt") if call.decoding else None
-        if base is None:
-            layer.memory["prompt"] = base = visible.clone()
-        if self.budget.share is None:
-            base = visible
+        base = visible if self.budget.share is None else layer.memory["prompt"]
         if call.window is not None:
             base, visible = base.clamp(max=call.window), visible.clamp(max=call.window)
         quota = [self.budget.tokens(n, layer=layer.index, layers=layer.layers) for n in base.tolist()]
-        return torch.minimum(torch.tensor(quota, device=visible.device), visible)
+        return torch.minimum(torch.tensor(quota, device=visible.device), visible).clamp(max=layer.n)
 
     def choose(
-        self, layer: KVLayer, call: Call, scores: torch.Tensor, *, sinks: int = 0, recent: int = 0
+        self, layer: KVLayer, call: Call, scores: torch.Tensor, *, sinks: int = 0, recent: int | torch.Tensor = 0
     ) -> torch.Tensor:
         """Slots ``(batch, heads, kept)`` of the best ``scores`` (batch, heads, n) within the budget, ascending."""
         return keep_top(scores, self.quota(layer, call), layer.starts(call.window), sinks, recent, self.id)
 
     def covers(self, layer: KVLayer, call: Call) -> bool:
         """Whether the budget already holds everything visible, so that there is nothing to leave out."""
-        if self.budget.is_full or (self.budget.amount or 0) >= layer.n:
+        if self.budget.is_full or (self.budget.shape == "uniform" and (self.budget.amount or 0) >= layer.n):
             return True
-        quota = self.quota(layer, call)
+        return bool(self.covered(layer, call).all())
+
+    def covered(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        """Boolean ``(batch,)``: the rows whose budget holds everything that they see."""
         starts = layer.starts(call.window)
-        return bool((quota >= (layer.n if starts is None else layer.n - starts.amin(-1))).all())
+        return self.quota(layer, call) >= (layer.n if starts is None else layer.n - starts.amin(-1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +98,15 @@ class EvictMethod(AttentionMethod):
     def observe(self, layer: KVLayer, call: Call) -> None:
         """Called after every forward, also when nothing is evicted: the place to accumulate."""
 
-    def protected(self, quota: int) -> tuple[int, int]:
-        """How many first and newest tokens never compete, for a budget of ``quota`` tokens."""
+    def protected(self, quota: torch.Tensor) -> tuple[int, int | torch.Tensor]:
+        """How many first and newest tokens never compete, for budgets of ``quota`` (batch,) tokens."""
         return self.sinks, self.recent
 
     def keep(self, layer: KVLayer, call: Call) -> torch.Tensor | None:
         """Slots that stay after this forward, or None to keep all."""
         if (call.decoding and not self.while_decoding) or self.covers(layer, call):
             return None
-        sinks, recent = self.protected(int(self.quota(layer, call).max()))
+        sinks, recent = self.protected(self.quota(layer, call))
         return self.choose(layer, call, self.score(layer, call), sinks=sinks, recent=recent)
 
 

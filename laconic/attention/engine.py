@@ -41,6 +41,8 @@ class Policy:
 
     def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Output ``(batch, heads, new, head_dim)``; afterwards the layer holds what the methods keep."""
+        if not call.decoding or "prompt" not in layer.memory:
+            layer.memory["prompt"] = layer.lengths.clone()  # what shares are taken of
         selection = self._select(layer, call)
         if call.decoding:
             output, mass = self._decode(layer, call, selection)

@@ -41,8 +41,8 @@ class H2O(EvictMethod):
         self.require(0 <= self.recent_share <= 1, "recent_share must lie between 0 and 1.")
         self.require(self.reduce in GROUP, f"reduce must be one of {', '.join(GROUP)}.")
 
-    def protected(self, quota: int) -> tuple[int, int]:
-        return self.sinks, max(self.recent, int(quota * self.recent_share))
+    def protected(self, quota: torch.Tensor) -> tuple[int, torch.Tensor]:
+        return self.sinks, (quota.double() * self.recent_share).long().clamp(min=self.recent)
 
     def observe(self, layer: KVLayer, call: Call) -> None:
         new = attention_received(

@@ -12,6 +12,7 @@ from laconic.cache import KVLayer
 from laconic.method import parameter
 from laconic.primitives.reduce import pool
 from laconic.primitives.scores import attention_received
+from laconic.primitives.select import hide
 from laconic.registry import register
 from laconic.selection import Selection
 
@@ -47,18 +48,15 @@ class RecycledAttention(ReadMethod):
         if queue is None or self.covers(layer, call):
             layer.slots.pop(self.id, None)
             return None
-        queue = layer.slots[self.id] = _push(queue, layer.n - 1, self.quota(layer, call))
-        full = self._full_rows(layer, call)
+        queue = layer.slots[self.id] = _push(queue, layer.n - 1, self.quota(layer, call), self.sinks)
+        full = self._full_rows(layer, call) | self.covered(layer, call)
         memory["recycled.full"] = full
         if bool(full.all()):
             return None
         starts = layer.starts(call.window)
-        slots = queue if starts is None else queue.masked_fill(queue < starts[..., None], -1)
-        slots = slots.sort(dim=-1).values
+        slots = hide(queue, starts).sort(dim=-1).values
         if bool(full.any()):  # rows of a batch decide for themselves: a full row reads every slot that it can see
-            everything = torch.arange(layer.n, device=slots.device).expand(*slots.shape[:2], -1)
-            if starts is not None:
-                everything = everything.masked_fill(everything < starts[..., None], -1)
+            everything = hide(torch.arange(layer.n, device=slots.device).expand(*slots.shape[:2], -1), starts)
             padded = torch.nn.functional.pad(slots, (layer.n - slots.shape[-1], 0), value=-1)
             slots = torch.where(full[:, None, None], everything, padded)
         return Selection(slots)
@@ -88,7 +86,8 @@ class RecycledAttention(ReadMethod):
         return torch.nn.functional.cosine_similarity(query, last, dim=-1) < self.similarity
 
     def _rank(self, layer: KVLayer, call: Call) -> torch.Tensor:
-        """Slots of the best entries per KV head, lowest score first, ``(batch, kv_heads, quota)``; -1 where a row has fewer."""
+        """Slots of the best entries per KV head, ``(batch, kv_heads, quota)``: -1 where a row has fewer, the sinks, then the
+        others from the lowest score up and the recent ones."""
         starts = layer.starts(call.window)
         received = attention_received(
             call.query[:, :, -1:], layer.keys, scale=call.scale, starts=starts, reduce="max"
@@ -97,15 +96,15 @@ class RecycledAttention(ReadMethod):
         slots = self.choose(layer, call, received, sinks=self.sinks, recent=self.recent)
         first = 0 if starts is None else starts[..., None]
         worth = received.gather(-1, slots.clamp(min=0))
-        worth = worth.masked_fill((slots < first + self.sinks) | (slots >= layer.n - self.recent), float("inf"))
-        return slots.gather(-1, worth.masked_fill(slots < 0, -1.0).argsort(dim=-1, stable=True))
+        worth = worth.masked_fill(slots < first + self.sinks, -1.0).masked_fill(slots >= layer.n - self.recent, float("inf"))
+        return slots.gather(-1, worth.masked_fill(slots < 0, -2.0).argsort(dim=-1, stable=True))
 
 
-def _push(queue: torch.Tensor, slot: int, quota: torch.Tensor) -> torch.Tensor:
-    """Appends ``slot``; a row that then holds more than its quota drops its front entry, another uses up an empty slot."""
+def _push(queue: torch.Tensor, slot: int, quota: torch.Tensor, sinks: int) -> torch.Tensor:
+    """Appends ``slot``; a row that then holds more than its quota drops its lowest entry, another uses up an empty slot."""
     empty = (queue < 0).sum(-1, keepdim=True)
     held = queue.shape[-1] - empty
-    dropped = torch.where(held + 1 > quota[:, None, None], empty, 0)
+    dropped = torch.where(held + 1 > quota[:, None, None], empty + sinks, 0)
     index = torch.arange(queue.shape[-1] - 1, device=queue.device).expand(*queue.shape[:2], -1)
     kept = queue.gather(-1, index + (index >= dropped))
     return torch.cat([kept, torch.full_like(kept[..., :1], slot)], dim=-1)

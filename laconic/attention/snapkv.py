@@ -36,7 +36,7 @@ class SnapKV(EvictMethod):
     def check(self) -> None:
         self.require(self.kernel % 2 == 1, f"kernel={self.kernel} is even, which would shift positions: use an odd one.")
 
-    def protected(self, quota: int) -> tuple[int, int]:
+    def protected(self, quota: torch.Tensor) -> tuple[int, int]:
         return self.sinks, max(self.window, self.recent)
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:

@@ -12,7 +12,7 @@ from laconic.attention.base import Call, ReadMethod
 from laconic.cache import KVLayer
 from laconic.method import parameter
 from laconic.primitives.reduce import pool
-from laconic.primitives.select import keep_top
+from laconic.primitives.select import hide, keep_top
 from laconic.registry import register
 from laconic.selection import Selection
 
@@ -39,13 +39,12 @@ class TokenSelect(ReadMethod):
     per_head: bool = parameter(False, "let every KV head read its own set instead of one set per layer")
     scale: float = parameter(1.0, "what q.k is multiplied by in the vote; 0 takes the scale of the model's attention")
     positions: str = parameter("keep", "keep: where the tokens stand; compact: renumbered without gaps")
-    int8: bool = parameter(False, "vote on 8-bit keys and rescore the best exactly: a quarter of the bytes")
+    int8: bool = parameter(False, "vote on 8-bit keys, which stand beside the cache: a quarter of the bytes to read")
 
     def check(self) -> None:
         self.require(self.positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}.")
         self.require(self.kernel % 2 == 1, f"kernel={self.kernel} is even, which would shift positions: use an odd one.")
         self.require(not (self.int8 and self.positions == "compact"), "int8 and positions=compact exclude each other.")
-        self.require(not (self.int8 and self.kernel > 1), "int8 votes are not pooled: leave kernel at 1.")
 
     @property
     def reads_chunks(self) -> bool:  # type: ignore[override]
@@ -58,7 +57,7 @@ class TokenSelect(ReadMethod):
         if self.positions == "compact" and layer.rope is None:
             self.require(False, "this model's rotary embedding is not understood, so positions=compact cannot work.")
         query = self._fingerprint(layer, call)
-        slots, scored = self._remembered(layer, call, query), 0
+        slots, scored = self._remembered(layer, call, query)
         if slots is None:
             slots, scored = self._vote(layer, call, query)
         if self.positions == "keep":
@@ -87,6 +86,7 @@ class TokenSelect(ReadMethod):
         if self.positions == "compact":  # every key at the same distance from the query
             distance = torch.full((1, 1), recent, device=query.device)
             keys, query = layer.raw_keys, layer.rope.rotate(fingerprint, distance)
+        index = layer.key_index() if self.int8 else None
         begin = torch.zeros(query.shape[0], layer.heads, dtype=torch.int64) if starts is None else starts
         votes = kernels.vote(
             query,
@@ -95,30 +95,36 @@ class TokenSelect(ReadMethod):
             starts=begin.to(query.device) + self.sinks,
             stop=layer.n - recent,
             over="group" if self.per_head else "layer",
+            index=index,
         )
         quota = self.quota(layer, call)
         if not call.decoding:
             quota = torch.minimum(quota + new, layer.lengths)
         slots = keep_top(pool(votes, self.kernel, "max"), quota, starts, self.sinks, recent, self.id)
         layer.memory[self.id], layer.slots[self.id] = fingerprint, slots
-        return slots, keys.numel() * keys.element_size()
+        layer.memory[self.id + ".chose"] = ~self.covered(layer, call)
+        return slots, keys.numel() * keys.element_size() if index is None else index.bytes
 
-    def _remembered(self, layer: KVLayer, call: Call, query: torch.Tensor) -> torch.Tensor | None:
-        """The last selection with the newest tokens added, or None when it does not hold any more for some row."""
+    def _remembered(self, layer: KVLayer, call: Call, query: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+        """The last selection with the newest tokens added, and the bytes read; None when it holds for no row any more.
+
+        Rows of a batch decide for themselves, so that each equals its run alone; one whose budget still holds everything
+        reads everything, and has not chosen yet.
+        """
         last, slots = layer.memory.get(self.id), layer.slots.get(self.id)
         if slots is None or not call.decoding:
-            return None
-        starts = layer.starts(call.window)
-        if starts is not None:
-            slots = slots.masked_fill(slots < starts[:, : slots.shape[1], None], -1)
+            return None, 0
+        starts, count = layer.starts(call.window), slots.shape[-1]
+        covered, chose = self.covered(layer, call), layer.memory[self.id + ".chose"]
         near = torch.nn.functional.cosine_similarity(query.flatten(1), last.flatten(1), dim=-1) >= self.refresh
-        if not bool(near.any()):
-            return None
-        newest = torch.arange(layer.n - self.recent, layer.n, device=slots.device).expand(*slots.shape[:2], -1)
-        reused = torch.cat([slots[..., : slots.shape[-1] - self.recent], newest], dim=-1)
-        if bool(near.all()):
-            return reused
-        fresh, _ = self._vote(layer, call, query)  # rows of a batch decide for themselves, so that each equals its run alone
-        mixed = torch.where(near[:, None, None], reused, fresh)
-        layer.memory[self.id], layer.slots[self.id] = torch.where(near[:, None, None], last, query), mixed
-        return mixed
+        near, scored = near & chose & ~covered, 0
+        if not bool((near | covered).any()):
+            return None, 0
+        newest = torch.arange(layer.n - count, layer.n, device=slots.device).expand_as(slots)
+        reused = torch.cat([slots[..., : count - self.recent], newest[..., count - self.recent :]], dim=-1)
+        if not bool((near | covered).all()):
+            fresh, scored = self._vote(layer, call, query)
+            reused = torch.where(near[:, None, None], reused, fresh)
+            layer.memory[self.id] = torch.where(near[:, None, None], last, query)
+            layer.slots[self.id] = reused
+        return hide(torch.where(covered[:, None, None], newest, reused), starts), scored

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from laconic.budget import Budget
 from laconic.errors import LaconicError
 from laconic.evaluation import measure
+from laconic.evaluation.plan import Cell, plan
 from laconic.evaluation.provenance import identify, machine
 from laconic.evaluation.results import ResultStore, prepare_directory
+from laconic.evaluation.workload import Work, open_model, open_work
 from laconic.method import GUARANTEES, Method
 from laconic.recipe import Recipe
 
@@ -22,28 +23,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Advance = Callable[[str, int], None]
-
-DEFAULT_METHODS = (
-    "dense", "random", "streaming", "knorm", "tova", "snapkv", "h2o", "tokenselect", "recycled_attention",
-)  # fmt: skip
-DEFAULT_BUDGETS = ("5%", "10%", "20%", "50%")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one budget. ``name`` and ``budget`` are what reports show; ``recipe`` is what is applied."""
-
-    name: str
-    budget: str
-    recipe: Recipe
-
-    @property
-    def key(self) -> str:
-        return str(self.recipe)
-
-    @property
-    def label(self) -> str:
-        return self.name if self.name == "dense" else f"{self.name}:{self.budget}"
 
 
 @dataclass
@@ -96,6 +75,8 @@ def compare(
     seed: int = 0,
     question: str = "seen",
     max_new_tokens: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     output: str | Path = "laconic-report",
     overwrite: bool = False,
     progress: bool = True,
@@ -108,11 +89,12 @@ def compare(
         methods: names, recipes ("tokenselect:256" brings its own budget) or methods. Dense is always measured.
         budgets: tokens (256) or shares kept (10%); each name in ``methods`` runs at each.
         task: needle, multi_needle, threads, kv_recall, perplexity[:FILE], or the path of a JSONL file.
-        samples: examples per task setting (see ``load_task``). lengths: prompt lengths in tokens.
+        samples: number of examples in all. lengths: prompt lengths in tokens (built-in tasks).
         seed: of the task's examples and of methods that draw numbers.
         question: ``seen`` prefills the whole prompt; ``after`` prefills the context only, so that what is evicted in
             prefill is chosen without having seen the question.
         max_new_tokens: overrides the examples' own limit (for perplexity: the scored tokens).
+        device, dtype: where and as what a model given by name is loaded; by default a GPU if there is one, as stored.
         output: the report directory. A run that was interrupted goes on where it stopped; ``overwrite`` starts afresh.
         command: how the report says it was made; by default this call.
 
@@ -127,88 +109,15 @@ def compare(
     cells = plan(methods, budgets)
     directory = Path(output)
     prepare_directory(directory)
-    network, tokenizer, model_id = _load_model(model)
-    work = _load_work(task, tokenizer, samples, lengths, seed, question, max_new_tokens)
+    network, tokenizer, model_id = open_model(model, device, dtype)
+    work = open_work(
+        task, tokenizer, samples=samples, lengths=lengths, seed=seed, question=question, max_new_tokens=max_new_tokens
+    )
     settings = {"seed": seed, "question": question, "max_new_tokens": max_new_tokens}
     identity = identify(network, model_id, work.task, work.items, settings)
     command = command or f"laconic.compare({model_id!r}, task={task!r}, output={str(output)!r})"
     with ResultStore(directory, identity, overwrite=overwrite) as store:
         return _Run(network, tokenizer, cells, work, store, command).measure(progress)
-
-
-def plan(
-    methods: Sequence[str | Method | Recipe] | str | None, budgets: Sequence[str | int | Budget] | str | None
-) -> list[Cell]:
-    """The cells in order, dense first, each once. Unknown methods and impossible budgets are refused here."""
-    chosen = [methods] if isinstance(methods, (str, Method, Recipe)) else list(methods or DEFAULT_METHODS)
-    sizes = [budgets] if isinstance(budgets, (str, int, Budget)) else list(budgets or DEFAULT_BUDGETS)
-    parsed = [Budget.parse(size) for size in sizes]
-    cells = [Cell("dense", "100%", Recipe.parse("dense"))]
-    for entry in chosen:
-        recipe = Recipe.parse(entry)
-        name = _name(recipe)
-        if name == "dense":
-            continue
-        written = isinstance(entry, str) and ":" in entry.rsplit(")")[-1]
-        if len(recipe.methods) > 1 or written or not recipe.methods[0].budget.is_full:
-            cells.append(Cell(name, str(recipe.methods[-1].budget), recipe))
-            continue
-        for size in parsed:
-            sized = Recipe((dataclasses.replace(recipe.methods[0], budget=size),))
-            cells.append(Cell(name, str(size), sized))
-    return list({cell.key: cell for cell in cells}.values())
-
-
-def _name(recipe: Recipe) -> str:
-    """A single method without its budget, ``tokenselect(refresh=0.95)``; a composition as it is."""
-    if len(recipe.methods) > 1:
-        return str(recipe)
-    method = recipe.methods[0]
-    return str(method).removesuffix(f":{method.budget}")
-
-
-@dataclass
-class Work:
-    """A task made ready for a model."""
-
-    task: Any
-    items: list[measure.Item]
-    notes: list[str]
-
-    @property
-    def metric(self) -> str | None:
-        return self.task.metric
-
-
-def _load_model(model: str | tuple[Any, Any]) -> tuple[Any, Any, str]:
-    if isinstance(model, str):
-        from laconic.models import load
-
-        network, tokenizer = load(model)
-        return network, tokenizer, model
-    try:
-        network, tokenizer = model
-    except (TypeError, ValueError):
-        raise LaconicError("model is a name, a path, a hub id, or a pair (model, tokenizer).") from None
-    return network, tokenizer, getattr(network.config, "_name_or_path", "") or type(network).__name__
-
-
-def _load_work(
-    name: str, tokenizer: Any, samples: int | None, lengths: Sequence[int] | None, seed: int, question: str,
-    max_new_tokens: int | None,
-) -> Work:  # fmt: skip
-    from laconic.evaluation.tasks import load_task
-
-    task = load_task(name, tokenizer, samples=samples, lengths=lengths, seed=seed)
-    if not task.examples:
-        raise LaconicError(f"The task {name} has no examples: give at least one line with a prompt.")
-    if question == "after" and not any(example.question for example in task.examples):
-        raise LaconicError(f"No example of {name} has a 'question', which --question after needs: use --question seen.")
-    items = measure.prepare(
-        task.examples, tokenizer, perplexity=task.metric == "perplexity", question=question,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    return Work(task, items, list(task.problems))
 
 
 class _Run:

@@ -31,7 +31,8 @@ def read_text(path: str | Path) -> str:
         if path.suffix == ".xz":
             import lzma
 
-            text = lzma.open(path, "rt", encoding="utf-8").read()
+            with lzma.open(path, "rt", encoding="utf-8") as file:
+                text = file.read()
         else:
             text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

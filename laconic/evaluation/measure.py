@@ -55,7 +55,8 @@ class Trace:
     own: list[int]  # the method's own greedy tokens
     prefill_s: float
     steps_s: list[float] = field(default_factory=list)
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)  # of the last forced step
+    masses: list[float | None] = field(default_factory=list)  # attention mass not read, per forced step
 
     @functools.cached_property
     def log_probs(self) -> torch.Tensor:
@@ -104,47 +105,29 @@ class Runner:
         """Prefill, then decode along ``item.forced``, or along the greedy choice where that is not known yet.
 
         Where the method's own greedy choice leaves the forced tokens, its own text goes on from a fork of the cache;
-        with ``fork=False`` it stops there, and ``finish`` can complete it.
+        with ``fork=False`` it stops there, and no copy of the cache is made.
         """
         cache, steps, prefill_s = self._prompt(item)
-        token, rows, branch = item.ids[-1], [], None
-        forced: list[int] = []
-        own: list[int] = []
-        while len(forced) < (item.limit if item.forced is None else len(item.forced)):
+        trace = Trace([], [], [], prefill_s, steps)
+        token, branch = item.ids[-1], None
+        while len(trace.forced) < (item.limit if item.forced is None else len(item.forced)):
             logits, cache, seconds = self.forward([token], cache)
             steps.append(seconds)
-            rows.append(logits)
+            trace.logits.append(logits)
+            if handle is not None:
+                trace.stats = handle.stats()
+                trace.masses.append(trace.stats["dropped_mass"])
             choice = int(logits.argmax())
-            token = choice if item.forced is None else item.forced[len(forced)]
-            if choice != token and not own and item.example.answer is not None:
-                own, branch = [*forced, choice], fork_cache(cache) if fork else None
-            forced.append(token)
+            token = choice if item.forced is None else item.forced[len(trace.forced)]
+            if choice != token and not trace.own and item.example.answer is not None:
+                trace.own, branch = [*trace.forced, choice], fork_cache(cache) if fork else None
+            trace.forced.append(token)
             if item.forced is None and token in self.stop:
                 break
-        stats = handle.stats() if handle is not None else {}
         if branch is not None:
-            self._continue(own, branch, item.limit)
-        return Trace(rows, forced, own or forced, prefill_s, steps, stats)
-
-    @torch.inference_mode()
-    def finish(self, item: Item, trace: Trace) -> None:
-        """Completes the own text of a run with ``fork=False``, by running the prompt and that text afresh."""
-        if trace.own is trace.forced:
-            return
-        cache, _, _ = self._prompt(item)
-        for token in (item.ids[-1], *trace.own[:-1]):
-            _, cache, _ = self.forward([token], cache)
-        self._continue(trace.own, cache, item.limit)
-
-    @torch.inference_mode()
-    def dropped_mass(self, item: Item, handle: Any) -> float | None:
-        """Attention mass that is not read, as a mean over the forced steps; ``handle`` has to measure it."""
-        cache, _, _ = self._prompt(item)
-        masses = []
-        for token in (item.ids[-1], *(item.forced or [])[:-1]):
-            _, cache, _ = self.forward([token], cache)
-            masses.append(handle.stats()["dropped_mass"])
-        return _mean(masses)
+            self._continue(trace.own, branch, item.limit)
+        trace.own = trace.own or trace.forced
+        return trace
 
     def _prompt(self, item: Item) -> tuple[Any, list[float], float]:
         """The prompt without its last token: the cache, seconds per decode step, seconds of the prefill."""
@@ -247,12 +230,15 @@ def judge(runner: Runner, item: Item, trace: Trace, metric: str | None) -> dict[
     return row
 
 
-def warm_up(runner: Runner, item: Item, recipe: Any, tokens: int = 256, steps: int = 3) -> None:
-    """Runs the beginning of an item once, so that compiling kernels is not timed."""
+def warm_up(runner: Runner, item: Item, recipe: Any, tokens: int = 1024, steps: int = 3) -> None:
+    """Runs the beginning of an item once, so that compiling kernels is not timed.
+
+    A share of these few tokens may be less than a method can work with; whether it can is for the full items to say.
+    """
     from laconic import apply
 
     ids = item.ids[:tokens]
-    with apply(runner.model, recipe) as handle:
+    with contextlib.suppress(LaconicError), apply(runner.model, recipe) as handle:
         runner.run(Item(item.example, ids, len(ids) - 1, steps), handle)
 
 
@@ -262,28 +248,32 @@ def measure_cell(
     """Runs all items under a recipe and returns the measured part of the cell's row.
 
     Times are means over the examples (prefill) and over all decode steps. Two figures are taken on the longest example:
-    the peak memory above what was in use before (so without the weights), and the attention mass not read, for which
-    the example runs a second time, because measuring it costs a dense pass per step.
+    the peak memory above what was in use before (so without the weights), and the attention mass not read. For these it
+    runs twice: without the fork of the cache, which is no memory of the method, and without taking times, because
+    measuring the mass costs a dense pass per step.
     """
     from laconic import apply
 
     longest = max(range(len(items)), key=lambda i: len(items[i].ids))
-    cells, traces, peak = [], [], PeakMemory(runner.device)
+    traces: list[Trace] = []
+    cells: list[dict[str, Any]] = []
+    peak = PeakMemory(runner.device)
     with apply(runner.model, recipe) as handle:
         for i, item in enumerate(items):
             with peak if i == longest else contextlib.nullcontext():
                 trace = runner.run(item, handle, fork=i != longest)
-            if i == longest:
-                runner.finish(item, trace)
             if item.dense is None:
                 keep_reference(item, trace, len(items))
+            if i == longest:
+                with apply(runner.model, recipe, measure=True) as second:
+                    again = runner.run(item, second)
+                trace.own, trace.masses = again.own, again.masses
             cells.append(judge(runner, item, trace, metric))
             trace.release()
             traces.append(trace)
             advance(item.cost)
-    with apply(runner.model, recipe, measure=True) as handle:
-        mass = runner.dropped_mass(items[longest], handle)
     measured = summarise(items, traces, cells, metric)
+    mass = _mean(traces[longest].masses)
     return {**measured, "dropped_mass": mass, "peak_bytes": peak.bytes, "peak_source": peak.source}
 
 

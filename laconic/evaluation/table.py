@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 
 def build_table(rows: list[dict[str, Any]], run: dict[str, Any], *, ratios: bool = True) -> Table:
-    """A rich table, 120 columns wide with ``ratios`` to dense and 84 without, unless a method has a long name.
+    """A rich table that fits 120 columns with ``ratios`` to dense, and 80 without.
 
     ``rows`` as in results.jsonl, dense first; ``run`` as in run.json.
     """
@@ -71,8 +72,10 @@ def build_table(rows: list[dict[str, Any]], run: dict[str, Any], *, ratios: bool
     title = f"{run['model']['id']} on {run['task']['name']}, {count} example{'s' * (count != 1)}{beside}"
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.show_edge = table.pad_edge = False
-    table.add_column("method", overflow="fold", min_width=min(18, max(len(row["method"]) for row in rows)))
-    for name in ("budget", *([quality] if quality else []), "fidelity", "KL", *(column[0] for column in COLUMNS)):
+    widest = max(len(row["method"]) for row in rows)
+    table.add_column("method", overflow="fold", min_width=min(18 if ratios else 10, widest))
+    costs = [name if ratios else re.split("[/ ]", name)[0] for name, _, _ in COLUMNS]
+    for name in ("budget", *([quality] if quality else []), "fidelity", "KL", *costs):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row, dense if ratios else {}, bool(quality)), end_section=row["method"] == "dense")

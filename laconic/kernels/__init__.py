@@ -12,6 +12,7 @@ import torch
 
 from laconic.errors import LaconicError
 from laconic.kernels import reference
+from laconic.kernels.index import KeyIndex
 
 FAST_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -75,8 +76,11 @@ def vote(
     starts: torch.Tensor | None = None,
     stop: int | None = None,
     over: str = "layer",
+    index: KeyIndex | None = None,
 ) -> torch.Tensor:
     """Soft vote (TokenSelect, 2024): softmax of the scaled logits per query head over slots starts..stop-1, summed over heads.
+
+    With ``index`` the logits come from its 8-bit keys and ``keys`` are not read.
 
     Returns:
         float32 ``(batch, 1, n)`` over all heads of the layer, or ``(batch, kv_heads, n)`` with ``over="group"``; 0 outside
@@ -84,6 +88,12 @@ def vote(
     """
     if over not in ("layer", "group"):
         raise LaconicError(f"vote: over='{over}' is unknown: use layer or group.")
+    if index is not None:
+        if query.device.type == "cpu":
+            from laconic.kernels import cpu_index
+
+            return cpu_index.vote(query, index, scale=scale, starts=starts, stop=stop, over=over)
+        keys = index.keys().to(query.dtype)
     module = _implementation(query, keys)
     return module.vote(query, keys, scale=scale, starts=starts, stop=stop, over=over)
 

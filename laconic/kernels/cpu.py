@@ -12,6 +12,8 @@ import torch
 from numba.core import types
 from numba.extending import intrinsic
 
+from laconic.kernels.parts import combine, factors
+
 BLOCK = 64  # keys whose logits are held at a time
 CHUNK = 1024  # keys per task of the vote
 NEGATIVE = np.float32(-np.inf)
@@ -64,16 +66,45 @@ def _exp(x):
 
 
 @nb.njit(**_OPTIONS)
+def _four_logits(query, head, row, scale, logits, column):
+    """logits[head..head+3, column] = scale * q.k for four query heads, so that the key is read once for them."""
+    a, b, c, d = query[head], query[head + 1], query[head + 2], query[head + 3]
+    sa = sb = sc = sd = np.float32(0.0)
+    for i in range(row.shape[0]):
+        x = _as_float(row[i])
+        sa += x * a[i]
+        sb += x * b[i]
+        sc += x * c[i]
+        sd += x * d[i]
+    logits[head, column], logits[head + 1, column] = sa * scale, sb * scale
+    logits[head + 2, column], logits[head + 3, column] = sc * scale, sd * scale
+
+
+@nb.njit(**_OPTIONS)
+def _four_sums(weights, head, column, row, output):
+    """output[head..head+3] += weight * value for four query heads, so that the value is read once for them."""
+    a, b, c, d = output[head], output[head + 1], output[head + 2], output[head + 3]
+    wa, wb = weights[head, column], weights[head + 1, column]
+    wc, wd = weights[head + 2, column], weights[head + 3, column]
+    for i in range(row.shape[0]):
+        x = _as_float(row[i])
+        a[i] += wa * x
+        b[i] += wb * x
+        c[i] += wc * x
+        d[i] += wd * x
+
+
+@nb.njit(**_OPTIONS)
 def _part(query, keys, values, key_stride, value_stride, index, begin, end, scale, softcap, output, state):
     """Attention of ``query`` (group, d) over rows ``begin..end-1`` (or index[begin..end-1]) of flat keys and values.
 
-    Writes the unnormalised output (group, dv) and the state (group, 2): running maximum and sum.
+    The group is a multiple of four. Writes the unnormalised output (group, dv) and the state (group, 2): running maximum
+    and sum.
     """
     group, dim = query.shape
     value_dim = output.shape[1]
     logits = np.empty((group, BLOCK), np.float32)
     rows = np.empty(BLOCK, np.int64)
-    row_key = np.empty(dim, np.float32)
     state[:, 0], state[:, 1] = NEGATIVE, np.float32(0.0)
     output[:] = np.float32(0.0)
     at = begin
@@ -87,13 +118,8 @@ def _part(query, keys, values, key_stride, value_stride, index, begin, end, scal
                 count += 1
         for j in range(count):
             source = keys[rows[j] * key_stride : rows[j] * key_stride + dim]
-            for i in range(dim):
-                row_key[i] = _as_float(source[i])
-            for g in range(group):
-                total = np.float32(0.0)
-                for i in range(dim):
-                    total += query[g, i] * row_key[i]
-                logits[g, j] = total * scale
+            for g in range(0, group, 4):
+                _four_logits(query, g, source, scale, logits, j)
         for g in range(group):
             if softcap > 0:
                 for j in range(count):
@@ -113,10 +139,8 @@ def _part(query, keys, values, key_stride, value_stride, index, begin, end, scal
             state[g, 1] += total
         for j in range(count):
             source = values[rows[j] * value_stride : rows[j] * value_stride + value_dim]
-            for g in range(group):
-                weight = logits[g, j]
-                for i in range(value_dim):
-                    output[g, i] += weight * _as_float(source[i])
+            for g in range(0, group, 4):
+                _four_sums(logits, g, j, source, output)
 
 
 @nb.njit(parallel=True, **_OPTIONS)
@@ -150,16 +174,10 @@ def _vote_chunks(query, keys, strides, starts, stop, scale, weights, tops, sums)
         h, chunk = divmod(rest, chunks)
         begin, end = max(chunk * CHUNK, starts[b, h]), min((chunk + 1) * CHUNK, stop)
         base = b * strides[0] + h * strides[1]
-        row_key = np.empty(dim, np.float32)
         for j in range(begin, end):
             source = keys[base + j * strides[2] : base + j * strides[2] + dim]
-            for i in range(dim):
-                row_key[i] = _as_float(source[i])
-            for g in range(group):
-                total = np.float32(0.0)
-                for i in range(dim):
-                    total += query[b, h, g, i] * row_key[i]
-                weights[b, h, g, j] = total * scale
+            for g in range(0, group, 4):
+                _four_logits(query[b, h], g, source, scale, weights[b, h], j)
         for g in range(group):
             _soften(weights[b, h, g], begin, end, tops[b, h, g], sums[b, h, g], chunk)
 
@@ -203,8 +221,12 @@ def _flat(tensor: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _grouped(query: torch.Tensor, kv_heads: int) -> np.ndarray:
+    """Query heads by KV head, float32 ``(batch, kv_heads, group, d)``, the group filled up with zeros to a multiple of four."""
     batch, heads, dim = query.shape
-    return query.detach().float().reshape(batch, kv_heads, heads // kv_heads, dim).contiguous().numpy()
+    group = heads // kv_heads
+    grouped = query.new_zeros(batch, kv_heads, -(-group // 4) * 4, dim, dtype=torch.float32)
+    grouped[:, :, :group] = query.detach().view(batch, kv_heads, group, dim)
+    return grouped.numpy()
 
 
 def _starts(starts: torch.Tensor | None, batch: int, kv_heads: int) -> np.ndarray:
@@ -226,13 +248,7 @@ def _run(query, keys, values, index, starts, n, scale, softcap):
         grouped, flat_keys, flat_values, key_strides, value_strides, index, starts, n, splits,
         np.float32(scale), np.float32(softcap or 0.0), output, state,
     )  # fmt: skip
-    parts, state = torch.from_numpy(output), torch.from_numpy(state)
-    top = state[..., 0].amax(2, keepdim=True)
-    weight = (state[..., 0] - top.masked_fill(top == -torch.inf, 0.0)).exp()
-    total = (weight * state[..., 1]).sum(2)
-    merged = (weight[..., None] * parts).sum(2) / total.clamp(min=1e-38)[..., None]
-    lse = top[:, :, 0] + total.log()
-    return merged.reshape(batch, query.shape[1], -1).to(query.dtype), lse.reshape(batch, query.shape[1])
+    return combine(torch.from_numpy(output), torch.from_numpy(state), query)
 
 
 def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
@@ -252,21 +268,20 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
     grouped = _grouped(query, kv_heads)
     stop = n if stop is None else min(stop, n)
     chunks = max(1, -(-stop // CHUNK))
+    group = query.shape[1] // kv_heads
     weights = np.empty((*grouped.shape[:3], n), np.float32)
     tops = np.full((*grouped.shape[:3], chunks), NEGATIVE, np.float32)
     sums = np.zeros_like(tops)
     first = _starts(starts, batch, kv_heads)
     flat, strides = _flat(keys.detach())
     _vote_chunks(grouped, flat, strides, first, stop, np.float32(scale), weights, tops, sums)
-    return _tally(weights, tops, sums, first, stop, over)
+    return tally(weights[:, :, :group], tops[:, :, :group], sums[:, :, :group], first, stop, over)
 
 
-def _tally(weights, tops, sums, first, stop, over):
-    """Votes from the chunks' weights: every chunk is brought to the common maximum and divided by the common sum."""
+def tally(weights, tops, sums, first, stop, over):
+    """Votes from the weights that the chunks left, float32 ``(batch, 1 or kv_heads, n)``."""
+    shares = factors(torch.from_numpy(tops), torch.from_numpy(sums)).numpy()
     batch, kv_heads, _, n = weights.shape
-    best = tops.max(-1, keepdims=True)
-    factors = np.exp(tops - np.where(np.isneginf(best), 0.0, best).astype(np.float32))
-    factors /= np.maximum((factors * sums).sum(-1, keepdims=True), np.float32(1e-38))
     votes = np.zeros((batch, 1 if over == "layer" else kv_heads, n), np.float32)
-    _gather_votes(weights, factors, first, stop, votes)
+    _gather_votes(weights, shares, first, stop, votes)
     return torch.from_numpy(votes)

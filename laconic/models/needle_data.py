@@ -7,6 +7,7 @@ answers of all questions and a share of the text positions are supervised. Every
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,17 +60,14 @@ class DocumentMaker:
     def thread(self, take):
         hops = int(self.rng.integers(1, 5)) if self.full else 1
         path = take(hops + 1)
-        facts = [self.fill(wording.LINK, key=[a], value=[b]) for a, b in zip(path, path[1:], strict=False)]
+        facts = [self.fill(wording.LINK, key=[a], value=[b]) for a, b in pairwise(path)]
         order = self.rng.integers(3)
         if order == 1:
             facts.reverse()
         elif order == 2:
             self.rng.shuffle(facts)
-        answer = path[1:2]
-        for name in path[2:]:
-            answer = answer + self.fill(wording.ARROW) + [name]
         question = wording.LINK_QUESTION if self.rng.random() < self.full else wording.LINK_PREFIX
-        return facts, [(self.fill(question, key=path[:1]), answer + self.fill("."))]
+        return facts, [(self.fill(question, key=path[:1]), path[1:] + self.fill("."))]
 
     def pairs(self, take):
         count = int(self.rng.integers(2, 9))
@@ -82,9 +80,25 @@ class DocumentMaker:
         block = self.fill(wording.PAIRS_OPEN) + entries[:-1] + self.fill(wording.PAIRS_CLOSE)
         return [block], questions
 
+    def recall(self, length: int) -> tuple[list[int], list[int], list[int]]:
+        """Bare pairs of names, then as many questions as fit: `a b c d ... c d a b`.
+
+        Looking up a name is learned from these: with many pairs in few tokens, copying any name does not pay.
+        """
+        count = min(max(3, length // 6), 200)
+        names = self.rng.permutation(self.names)[: 2 * count].reshape(count, 2)
+        ids = names.flatten().tolist()
+        asked = [names[i].tolist() for i in self.rng.integers(0, count, (length - len(ids) + 1) // 2)]
+        labels = [IGNORED] * len(ids) + [label for _, value in asked for label in (IGNORED, value)]
+        ids += [name for pair in asked for name in pair]
+        return ids[:length], labels[:length], [IGNORED] * length
+
     def document(self, length: int) -> tuple[list[int], list[int], list[int]]:
         """Ids, answer labels and text labels of one document of exactly `length` tokens."""
         rng = self.rng
+        share = 0.5 if length <= 64 else 0.2 if length <= 256 else 0.05
+        if length < 64 or rng.random() < share:  # sentences and their questions need 64 tokens
+            return self.recall(length)
         self.full = 0.0 if length < 128 else 0.6
         pool = list(rng.permutation(self.names))
         take = lambda n: [int(pool.pop()) for _ in range(n)]  # noqa: E731
@@ -102,8 +116,6 @@ class DocumentMaker:
         tail, labels = self._questions(questions[:questions_wanted], min(length - size - 4, length * 3 // 5))
         facts = self._interleave(groups)
         text_tokens = length - len(tail) - sum(map(len, facts))
-        while text_tokens < 0:
-            text_tokens += len(facts.pop())
         ids, text_labels = self._haystack(facts, text_tokens)
         return ids + tail, [IGNORED] * len(ids) + labels, text_labels + [IGNORED] * len(tail)
 
@@ -111,8 +123,8 @@ class DocumentMaker:
         ids: list[int] = []
         labels: list[int] = []
         for question, answer in questions:
-            if ids and len(ids) + len(question) + len(answer) > room:
-                break
+            if len(ids) + len(question) + len(answer) > room:
+                continue
             ids += question + answer
             labels += [IGNORED] * len(question) + answer
         return ids, labels

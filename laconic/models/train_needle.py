@@ -1,6 +1,6 @@
 """Train the built-in `needle` model: ``python -m laconic.models.train_needle --data DIR --out DIR``.
 
-The curriculum starts at 64 tokens and doubles the length each time the accuracy on the answers' names passes 97 %;
+The curriculum starts at 16 tokens and doubles the length each time the accuracy on the answers' names passes 90 % (96 % from 512 tokens on);
 starting with long documents ends on a plateau. State is saved beside the model, so that a stopped run goes on.
 """
 
@@ -18,9 +18,10 @@ from laconic.evaluation.haystack import read_text, reference_text
 from laconic.models.needle_data import IGNORED, DocumentMaker
 from laconic.models.needle_tokenizer import train_tokenizer
 
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SPAN = 16384
-PASS = 0.97
+PASS = 0.96  # accuracy on the names of the answers that doubles the length; short documents only prepare: EARLY
+EARLY = 0.9
 
 
 def build_model(vocabulary: int):
@@ -38,13 +39,16 @@ def build_model(vocabulary: int):
         max_position_embeddings=SPAN,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=0.09,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
         attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # tokens must stand out in the residual stream, or looking them up is not learned for long
+        model.model.embed_tokens.weight.normal_(0.0, 1.0)
+    return model
 
 
 def load_texts(data: Path | None) -> list[str]:
@@ -134,10 +138,11 @@ def loop(model, optimizer, maker, state, out: Path, minutes: float, name_start: 
         rate = 1e-3 * min(1.0, (step + 1) / 50) * min(1.0, max(0.05, (1 - share) / 0.35))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        shorter = step % 4 == 3 and state["stage"] > 2
+        last = top == LENGTHS[-1]  # once the longest documents are learned, every second batch is of shorter ones
+        shorter = (step % 4 == 3 and state["stage"] > 2) or (last and step % 4 == 1)
         length = int(maker.rng.choice(LENGTHS[2 : state["stage"]])) if shorter else top
         span = SPAN if length >= 256 and step % 2 else 0
-        batch = maker.batch(max(1, 4096 // length), length, span)
+        batch = maker.batch(max(1, (2048 if top <= 64 else 4096) // length), length, span)
         loss, accuracy, text_loss = losses(model, batch, 0.1 if top < 512 else 0.3, name_start)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -152,7 +157,7 @@ def loop(model, optimizer, maker, state, out: Path, minutes: float, name_start: 
         if step % 25 == 0:
             print(f"{state['elapsed']:6.0f} s  step {step}  length {top}  names {mean:.3f}  text {text_mean:.2f}  "
                   f"loss {loss.item():.3f}  rate {rate:.1e}", flush=True)
-        passed = len(recent) >= 30 and mean > PASS and state["stage"] + 1 < len(LENGTHS)
+        passed = len(recent) >= 30 and mean > (PASS if top >= 512 else EARLY) and state["stage"] + 1 < len(LENGTHS)
         if passed:
             print(f"{state['elapsed']:6.0f} s  step {step}  passed {top} tokens", flush=True)
             state["stage"] += 1

@@ -43,7 +43,7 @@ def hashed_uniform(positions: torch.Tensor, seed: int) -> torch.Tensor:
     The same position always gets the same number, so that random choices are nested and repeatable.
     """
     heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
-    x = positions * 2654435761 + heads * 40503 + (seed + 1) * 97531
+    x = positions * 2654435761 + heads * 40503 + (seed % 2**31 + 1) * 97531
     for multiplier in (0x45D9F3B, 0x119DE1F3):
         x = (((x >> 16) ^ x) * multiplier) & 0xFFFFFFFF
     return (((x >> 16) ^ x) & 0xFFFFFF).float() / float(1 << 24)

@@ -13,7 +13,7 @@ def keep_top(
     quota: torch.Tensor,
     starts: torch.Tensor | None = None,
     sinks: int = 0,
-    recent: int = 0,
+    recent: int | torch.Tensor = 0,
     name: str = "selection",
 ) -> torch.Tensor:
     """Top-k by row with protected ends.
@@ -22,25 +22,28 @@ def keep_top(
         scores: float ``(batch, heads, n)``; higher is better.
         quota: int ``(batch,)``: how many to keep per row, protected ones included.
         starts: first visible slot ``(batch, kv_heads)``; slots before it are never kept. None: all are visible.
-        sinks, recent: the first and the newest visible slots, which are always kept.
+        sinks, recent: how many of the first and of the newest visible slots are always kept; ``recent`` also per row (batch,).
         name: who asks, for the error.
 
     Returns:
-        int64 ``(batch, heads, max(quota))``.
+        int64 ``(batch, heads, max(quota))``; all KV heads are told apart when one choice for all meets different ``starts``.
 
     Raises:
         LaconicError: when a row has more tokens than its quota and the quota cannot hold the protected ones.
     """
     batch, heads, n = scores.shape
     slot = torch.arange(n, device=scores.device)
-    first = starts[:, :heads, None] if starts is not None else torch.zeros(1, 1, 1, dtype=torch.int64, device=slot.device)
+    recent = torch.as_tensor(recent, device=slot.device).expand(batch)
+    first = torch.zeros(1, 1, 1, dtype=torch.int64, device=slot.device)
+    if starts is not None:
+        first = (starts if heads > 1 else starts.amin(1, keepdim=True))[..., None]
     visible = (n - first[..., 0]).amin(-1)
     if bool(((quota < sinks + recent) & (quota < visible)).any()):
         raise LaconicError(
-            f"{name}: a budget of {int(quota.min())} tokens cannot hold the {sinks} first and {recent} newest tokens "
+            f"{name}: a budget of {int(quota.min())} tokens cannot hold the {sinks} first and {int(recent.max())} newest tokens "
             "that are always kept: give a larger budget, or lower sinks and recent."
         )
-    worth = scores.float().masked_fill((slot < first + sinks) | (slot >= n - recent), float("inf"))
+    worth = scores.float().masked_fill((slot < first + sinks) | (slot >= n - recent[:, None, None]), float("inf"))
     worth = worth.masked_fill(slot < first, float("-inf"))
     largest = int(quota.max())
     if bool((quota == largest).all()):
@@ -49,9 +52,19 @@ def keep_top(
         picked = torch.full((batch, heads, largest), -1, dtype=torch.int64, device=scores.device)
         for row, k in enumerate(quota.tolist()):
             picked[row, :, largest - k :] = kernels.topk(worth[row : row + 1], k)[0]
-    if starts is not None:
-        picked = picked.masked_fill(picked < first, -1).sort(dim=-1).values
-    return picked
+    return hide(picked, starts)
+
+
+def hide(slots: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+    """Empties those of the ascending ``slots`` (batch, heads or 1, k) that lie before ``starts`` (batch, kv_heads).
+
+    One choice for all heads becomes one per head when the heads see different slots.
+    """
+    if starts is None:
+        return slots
+    if slots.shape[1] < starts.shape[1] and bool((starts != starts[:, :1]).any()):
+        slots = slots.expand(-1, starts.shape[1], -1)
+    return slots.masked_fill(slots < starts[:, : slots.shape[1], None], -1)
 
 
 def threshold(scores: torch.Tensor, value: float) -> torch.Tensor:

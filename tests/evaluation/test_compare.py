@@ -17,7 +17,7 @@ import pytest
 from laconic.errors import LaconicError
 from laconic.evaluation import compare as module
 from laconic.evaluation import measure
-from laconic.evaluation.compare import compare, plan
+from laconic.evaluation.compare import compare
 
 PROMPTS = [
     {"prompt": "The quick brown fox jumps over the lazy dog, and then it says", "answer": "hello", "max_new_tokens": 5},
@@ -91,7 +91,7 @@ def test_own_text_is_what_generate_gives(tiny, task: str, tmp_path: Path) -> Non
         handle = laconic.apply(model, "streaming:24")
         with handle:  # the last prompt token is a decode step, as in a comparison
             cache = model(inputs["input_ids"][:, :-1], use_cache=True).cache
-            out = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=5)
+            out = model.generate(**inputs, cache=cache, do_sample=False, max_new_tokens=5)
         text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert cell["prediction"] == text
         differs += cell["fidelity"] < 1
@@ -189,18 +189,22 @@ def test_a_method_that_refuses_the_model_is_left_out_with_its_reason(
         run(tiny, task, tmp_path / "report", methods=["h2o"], budgets=["24"])
 
 
+def test_a_warm_up_that_is_too_short_for_a_share_is_no_verdict(tiny, tmp_path: Path) -> None:
+    """5% of 1,024 tokens is room enough for knorm's protected tokens; 5% of what the warm-up takes must not count."""
+    task = jsonl(tmp_path / "long.jsonl", [{"prompt": "word " * 205, "answer": "x", "max_new_tokens": 2}])
+    measure.warm_up.__defaults__, before = (64, 3), measure.warm_up.__defaults__
+    try:
+        report = run(tiny, task, tmp_path / "report", methods=["knorm"], budgets=["5%"])
+    finally:
+        measure.warm_up.__defaults__ = before
+    assert [r["recipe"] for r in report.rows] == ["dense", "knorm:5%"] and report.run["skipped"] == []
+
+
 def test_the_model_is_left_as_it_was(tiny, task: str, tmp_path: Path) -> None:
     model, _ = tiny
     implementation = model.config._attn_implementation
     run(tiny, task, tmp_path / "report", methods=["streaming"], budgets=["24"])
     assert model.config._attn_implementation == implementation and not model._forward_pre_hooks
-
-
-def test_plan_puts_dense_first_and_each_cell_once() -> None:
-    cells = plan(["h2o", "dense", "tokenselect:16", "h2o"], ["10%", "10%", "16"])
-    assert [cell.key for cell in cells] == ["dense", "h2o:10%", "h2o:16", "tokenselect:16"]
-    assert [(cell.name, cell.budget) for cell in cells][:2] == [("dense", "100%"), ("h2o", "10%")]
-    assert len(plan(None, None)) == 1 + 8 * 4
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ def run(quick: bool, say: Say) -> Figure:
     lengths, kept, repeats = ((512, 1024), 128, 2) if quick else ((32_768, 131_072), 2048, 9)
     recipes = {
         "dense": "dense",  # exact
-        "tokenselect": f"tokenselect(refresh=2):{kept}",  # a fresh vote in every step and layer
-        "tokenselect_int8": f"tokenselect(refresh=2,int8=true):{kept}",
+        "tokenselect": f"tokenselect(refresh=2,int8=true):{kept}",  # a fresh vote in every step and layer
     }
     model = build_slice(quick)
     sizes = {n: measure(model, n, recipes, repeats, say) for n in lengths}

@@ -1,0 +1,69 @@
+"""Keys in eight bits beside the cache, to vote on at a quarter of the bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from laconic.errors import LaconicError
+
+TILE = 16  # tokens whose dot products are computed at once
+QUAD = 4  # neighbouring dimensions that one instruction multiplies and adds
+ZERO = 128  # keys are stored as unsigned bytes: round(key / scale) + ZERO
+
+
+class KeyIndex:
+    """8-bit copies of keys ``(batch, kv_heads, n, head_dim)`` with one scale per token and head.
+
+    The bytes lie in tiles of 16 tokens, and in a tile by groups of four dimensions: ``(batch, kv_heads, tiles, head_dim / 4,
+    16 * 4)``, which is the order in which dot-product instructions on bytes take them. Appending is amortised O(new).
+    """
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        batch, heads, _, dim = keys.shape
+        if dim % QUAD:
+            raise LaconicError(f"8-bit keys need a head size that is a multiple of {QUAD}, not {dim}: leave int8 off.")
+        self.n = 0
+        self.data = torch.full((batch, heads, 0, dim // QUAD, TILE * QUAD), ZERO, dtype=torch.uint8, device=keys.device)
+        self.scales = torch.zeros(batch, heads, 0, device=keys.device)
+        self.append(keys)
+
+    def append(self, keys: torch.Tensor) -> None:
+        """Adds the keys of new tokens, ``(batch, kv_heads, new, head_dim)``."""
+        batch, heads, new, dim = keys.shape
+        self._reserve(self.n + new)
+        keys = keys.float()
+        scales = keys.abs().amax(-1).clamp(min=1e-12) / 127
+        codes = ((keys / scales[..., None]).round() + ZERO).to(torch.uint8).view(batch, heads, new, dim // QUAD, QUAD)
+        self.scales[:, :, self.n : self.n + new] = scales
+        done = 0
+        while done < new:
+            at, lane = divmod(self.n + done, TILE)
+            if lane == 0 and new - done >= TILE:
+                tiles = (new - done) // TILE
+                part = codes[:, :, done : done + tiles * TILE].unflatten(2, (tiles, TILE)).transpose(3, 4)
+                self.data[:, :, at : at + tiles] = part.flatten(4)
+                done += tiles * TILE
+            else:
+                self.data[:, :, at, :, lane * QUAD : (lane + 1) * QUAD] = codes[:, :, done]
+                done += 1
+        self.n += new
+
+    def _reserve(self, n: int) -> None:
+        have = self.data.shape[2] * TILE
+        if n > have:
+            tiles = max(-(-n // TILE), 2 * self.data.shape[2]) + TILE
+            data = self.data.new_full((*self.data.shape[:2], tiles, *self.data.shape[3:]), ZERO)
+            data[:, :, : self.data.shape[2]] = self.data
+            scales = self.scales.new_zeros(*self.scales.shape[:2], tiles * TILE)
+            scales[:, :, :have] = self.scales
+            self.data, self.scales = data, scales
+
+    def keys(self) -> torch.Tensor:
+        """The keys as the bytes have them, float32 ``(batch, kv_heads, n, head_dim)``: for devices without a byte kernel."""
+        tiles = self.data.unflatten(4, (TILE, QUAD)).transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : self.n]
+        return (tiles.float() - ZERO) * self.scales[:, :, : self.n, None]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that one vote over all tokens reads."""
+        return self.scales[:, :, : self.n].numel() * (self.data.shape[3] * QUAD + 4)

@@ -1,0 +1,188 @@
+"""Every implementation of a kernel against plain torch, and plain torch against the definition."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laconic import kernels
+from laconic.errors import LaconicError
+from laconic.kernels import cpu, reference
+
+IMPLEMENTATIONS = ["cpu", "gpu"]
+SHAPES = [  # batch, heads, kv_heads, n, head_dim
+    (2, 4, 2, 37, 16),
+    (1, 8, 1, 1500, 64),
+    (3, 3, 3, 5, 8),
+    (1, 5, 1, 130, 24),
+]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def fast(request):
+    """The module of kernels to be compared with the reference."""
+    if request.param == "cpu":
+        return cpu
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which nothing did before this fixture
+    pytest.importorskip("triton", reason="the GPU kernels need triton")
+    from laconic.kernels import gpu
+
+    return gpu
+
+
+def tensors(shape, dtype=torch.float32, seed=0):
+    """Query, keys, values as views into larger buffers, and first visible slots."""
+    batch, heads, kv_heads, n, dim = shape
+    g = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, dim, generator=g).to(dtype)
+    keys = torch.randn(batch, kv_heads, n + 13, dim, generator=g).to(dtype)[:, :, :n]
+    values = torch.randn(batch, kv_heads, n + 5, dim, generator=g).to(dtype)[:, :, 2 : n + 2]
+    starts = torch.randint(0, max(1, n // 2), (batch, kv_heads), generator=g)
+    return query, keys, values, starts
+
+
+def close(a, b, dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x.float(), y.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_decode_attention(fast, shape, dtype, softcap):
+    query, keys, values, starts = tensors(shape, dtype)
+    for first in (None, starts):
+        options = {"scale": 0.2, "starts": first, "softcap": softcap}
+        close(
+            fast.decode_attention(query, keys, values, **options),
+            reference.decode_attention(query, keys, values, **options),
+            dtype,
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shared", [True, False])
+def test_selected_attention(fast, shape, shared):
+    query, keys, values, _ = tensors(shape)
+    batch, _, kv_heads, n, _ = shape
+    scores = torch.rand(batch, 1 if shared else kv_heads, n)
+    indices = scores.topk(max(2, n // 3)).indices.sort().values
+    indices[0, 0, 0] = -1
+    options = {"scale": 0.2}
+    close(
+        fast.selected_attention(query, keys, values, indices, **options),
+        reference.selected_attention(query, keys, values, indices, **options),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("over", ["layer", "group"])
+def test_vote(fast, shape, over):
+    query, keys, _, starts = tensors(shape)
+    n = shape[3]
+    for first in (None, starts):
+        for stop in (None, n - 1):
+            options = {"scale": 1.0, "starts": first, "stop": stop, "over": over}
+            close([fast.vote(query, keys, **options)], [reference.vote(query, keys, **options)], torch.float32)
+
+
+def test_selecting_everything_is_dense():
+    query, keys, values, _ = tensors(SHAPES[0])
+    everything = torch.arange(keys.shape[2]).expand(keys.shape[0], 1, -1)
+    close(
+        kernels.selected_attention(query, keys, values, everything, scale=0.3),
+        kernels.decode_attention(query, keys, values, scale=0.3),
+        torch.float32,
+    )
+
+
+def test_nothing_visible_gives_zero_and_minus_infinity():
+    query, keys, values, _ = tensors(SHAPES[0])
+    nothing = torch.full((keys.shape[0], 1, 4), -1)
+    output, lse = kernels.selected_attention(query, keys, values, nothing, scale=0.3)
+    assert output.abs().max() == 0
+    assert bool((lse == -torch.inf).all())
+
+
+def test_decode_attention_is_softmax_attention():
+    query, keys, values, starts = tensors((2, 4, 2, 19, 8))
+    output, lse = reference.decode_attention(query, keys, values, scale=0.5, starts=starts)
+    for b in range(2):
+        for h in range(4):
+            first = starts[b, h // 2]
+            logits = keys[b, h // 2, first:] @ query[b, h] * 0.5
+            torch.testing.assert_close(output[b, h], logits.softmax(0) @ values[b, h // 2, first:])
+            torch.testing.assert_close(lse[b, h], logits.logsumexp(0))
+
+
+def test_vote_is_a_sum_of_probabilities():
+    query, keys, _, _ = tensors(SHAPES[0])
+    votes = kernels.vote(query, keys, scale=0.7, stop=20)
+    torch.testing.assert_close(votes.sum(-1), torch.full((2, 1), 4.0))
+    assert votes[..., 20:].abs().max() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.data())
+def test_topk_takes_the_lowest_index_among_equals(numbers, data):
+    k = data.draw(st.integers(1, len(numbers)))
+    best = sorted(range(len(numbers)), key=lambda i: (-numbers[i], i))[:k]
+    scores = torch.tensor(numbers, dtype=torch.float32)[None, None]
+    assert kernels.topk(scores, k)[0, 0].tolist() == sorted(best)
+
+
+def test_topk_with_infinities_and_refusals():
+    scores = torch.tensor([[[1.0, torch.inf, -torch.inf, torch.inf]]])
+    assert kernels.topk(scores, 3)[0, 0].tolist() == [0, 1, 3]
+    with pytest.raises(LaconicError, match="NaN"):
+        kernels.topk(scores * float("nan"), 1)
+    with pytest.raises(LaconicError, match="cannot be chosen"):
+        kernels.topk(scores, 5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("padded", [True, False])
+def test_column_sums_against_the_map(rows, window, padded):
+    g = torch.Generator().manual_seed(1)
+    n, query, keys = 30, torch.randn(2, 4, rows, 8, generator=g), torch.randn(2, 2, 30, 8, generator=g)
+    starts = torch.tensor([[0, 0], [6, 6]]) if padded else None
+    expected = torch.zeros(2, 4, n)
+    for b in range(2):
+        for h in range(4):
+            for r in range(rows):
+                at = n - rows + r
+                first = max(int(starts[b, h // 2]) if padded else 0, at - window + 1 if window else 0)
+                if first <= at and (not padded or at >= starts[b, h // 2]):
+                    logits = keys[b, h // 2, first : at + 1] @ query[b, h, r] * 0.4
+                    expected[b, h, first : at + 1] += logits.softmax(0)
+    got = kernels.column_sums(query, keys, scale=0.4, starts=starts, window=window)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    blocked = reference.column_sums(query, keys, scale=0.4, starts=starts, window=window, rows=4)
+    torch.testing.assert_close(blocked, expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 18))
+def test_merging_parts_is_attention_over_the_whole(seed, cut):
+    query, keys, values, _ = tensors((1, 4, 2, 19, 8), seed=seed)
+    parts = [
+        kernels.decode_attention(query, keys[:, :, part], values[:, :, part], scale=0.5)
+        for part in (slice(0, cut), slice(cut, 19))
+    ]
+    merged = kernels.merge_attention([p[0] for p in parts], [p[1] for p in parts])
+    close(merged, kernels.decode_attention(query, keys, values, scale=0.5), torch.float32)
+
+
+def test_large_logits_stay_finite():
+    query, keys, values, _ = tensors(SHAPES[0])
+    output, lse = cpu.decode_attention(query * 1000, keys, values, scale=1.0)
+    expected, lse_expected = reference.decode_attention(query * 1000, keys, values, scale=1.0)
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lse, lse_expected)
