@@ -1,4 +1,4 @@
-"""One attention layer without a model: drives a recipe over given queries, keys and values, and does it again by hand."""
+"""One attention layer without a model: drives a recipe over given queries, keys and values, and repeats it by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from laconic.cache import EMPTY, KVLayer, Request
 SCALE = 0.7
 
 
-def random_qkv(n: int, *, batch: int = 2, heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0) -> list[torch.Tensor]:
+def random_qkv(
+    n: int, *, batch: int = 2, heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0
+) -> list[torch.Tensor]:
     """query (batch, heads, n, dim), keys and values (batch, kv_heads, n, dim): every token of a text of n tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, h, n, dim, generator=generator) for h in (heads, kv_heads, kv_heads)]
@@ -67,7 +69,7 @@ def attention(run: Run, row: int, head: int, at: int, slots: list[int]) -> torch
     """Output of query ``at`` of one head over ``slots`` of the whole text, by hand."""
     kv_head = head // (run.query.shape[1] // run.keys.shape[1])
     weights = probabilities(run.query[row, head, at], run.keys[row, kv_head], slots)
-    return sum(w * run.values[row, kv_head, s] for w, s in zip(weights, slots))
+    return sum(w * run.values[row, kv_head, s] for w, s in zip(weights, slots, strict=True))
 
 
 def top(scores: dict[int, float], k: int) -> list[int]:

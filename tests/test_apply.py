@@ -16,11 +16,14 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     """Everything that a recipe could leave behind in a model."""
     return {
         "attention": [
-            m.config._attn_implementation for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+            m.config._attn_implementation
+            for m in model.modules()
+            if hasattr(getattr(m, "config", None), "_attn_implementation")
         ],
         "internal": copy.deepcopy(model.config.__dict__),
         "hooks": [
-            (len(m._forward_pre_hooks), len(m._forward_hooks), len(m._forward_pre_hooks_with_kwargs)) for m in model.modules()
+            (len(m._forward_pre_hooks), len(m._forward_hooks), len(m._forward_pre_hooks_with_kwargs))
+            for m in model.modules()
         ],
         "attributes": [sorted(m.__dict__) for m in model.modules()],
         "parameters": {k: v.clone() for k, v in model.state_dict().items()},
@@ -150,7 +153,9 @@ def test_requests_do_not_meet() -> None:
 
         alone = [list(steps(ids, handle.cache())) for ids in texts]
         caches = handle.cache(), handle.cache()
-        for turn, pair in enumerate(zip(*(steps(ids, cache) for ids, cache in zip(texts, caches)))):
+        for turn, pair in enumerate(
+            zip(*(steps(ids, cache) for ids, cache in zip(texts, caches, strict=True)), strict=True)
+        ):
             for who in (0, 1):
                 assert torch.equal(pair[who], alone[who][turn])
 
@@ -163,9 +168,7 @@ def test_a_second_turn_goes_on_with_the_cache() -> None:
         first = generate(model, inputs, 6, return_dict_in_generate=True)
         more = torch.cat([first.sequences, prompt(2, 9, seed=5)["input_ids"]], dim=1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 15, dtype=torch.int64)], dim=1)
-        return generate(
-            model, {"input_ids": more, "attention_mask": mask}, 6, past_key_values=first.past_key_values
-        )
+        return generate(model, {"input_ids": more, "attention_mask": mask}, 6, past_key_values=first.past_key_values)
 
     stock = two_turns()
     with laconic.apply(model, "dense"):
@@ -186,7 +189,8 @@ def test_a_stock_cache_with_text_in_it_is_taken_over(name: str, pads: tuple[int,
     def rest(cache: Any) -> list[torch.Tensor]:
         with torch.no_grad():
             return [
-                model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits for i in range(20, 30)
+                model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits
+                for i in range(20, 30)
             ]
 
     caches = [DynamicCache(config=model.config) for _ in range(2)]
@@ -197,11 +201,13 @@ def test_a_stock_cache_with_text_in_it_is_taken_over(name: str, pads: tuple[int,
     with laconic.apply(model, "dense"):
         ours = rest(caches[1])
     assert isinstance(caches[1], KVCache) and caches[1].get_seq_length() == 30
-    for a, b in zip(ours, stock):
+    for a, b in zip(ours, stock, strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("recipe", ["h2o:8", "tokenselect(sinks=1, recent=2, positions=compact):8", "snapkv(window=4):8"])
+@pytest.mark.parametrize(
+    "recipe", ["h2o:8", "tokenselect(sinks=1, recent=2, positions=compact):8", "snapkv(window=4):8"]
+)
 def test_every_verb_goes_on_from_a_stock_cache(recipe: str) -> None:
     from transformers import DynamicCache
 
@@ -266,8 +272,9 @@ def test_a_forward_with_gradients_decodes_too() -> None:
 def test_embeddings_instead_of_tokens() -> None:
     model, inputs = shared(), prompt(2, 20, pads=(0, 5))
     embeds = {
-        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(), "attention_mask": inputs["attention_mask"]
-    }  # fmt: skip
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(),
+        "attention_mask": inputs["attention_mask"],
+    }
     stock = generate(model, embeds, 8)
     with laconic.apply(model, "dense"):
         assert torch.equal(generate(model, embeds, 8), stock)
@@ -321,7 +328,9 @@ def refused_model(name: str) -> Any:
     import transformers as t
 
     if name == "encoder-decoder":
-        return t.T5ForConditionalGeneration(t.T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+        return t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        )
     if name == "mamba":
         return t.MambaForCausalLM(t.MambaConfig(**SMALL, state_size=4))
     if name == "linear":

@@ -93,7 +93,7 @@ def test_bf16_is_close_to_stock_bf16(name: str) -> None:
         ours = generate(model, inputs, 6, **options)
     assert ours.logits[0].dtype == stock.logits[0].dtype
     same_text = torch.ones(2, dtype=torch.bool)
-    for step, (a, b) in enumerate(zip(ours.logits, stock.logits)):
+    for step, (a, b) in enumerate(zip(ours.logits, stock.logits, strict=True)):
         spread = float(b.float().std())
         assert torch.isfinite(a).all()
         if same_text.any():
@@ -106,11 +106,28 @@ def test_value_heads_may_be_narrower_than_key_heads() -> None:
 
     torch.manual_seed(0)
     config = DeepseekV3Config(
-        vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-        first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-        initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
     model = DeepseekV3ForCausalLM(config).eval()
     model.generation_config.eos_token_id = None
     same(model, prompt(2, 20, pads=(0, 5)), 12)

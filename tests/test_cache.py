@@ -32,7 +32,9 @@ def some_slots(n: int, k: int, seed: int, heads: int = HEADS, batch: int = BATCH
 
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["append", "append", "append", "keep", "crop", "front", "rows", "copy"]), st.integers(0, 40)),
+    st.tuples(
+        st.sampled_from(["append", "append", "append", "keep", "crop", "front", "rows", "copy"]), st.integers(0, 40)
+    ),
     max_size=25,
 )
 
@@ -52,7 +54,9 @@ def test_a_buffer_equals_torch_cat(operations: list[tuple[str, int]], first: int
         elif name == "keep":
             slots = some_slots(n, min(size, n), step)
             buffer.keep(slots)
-            model = torch.stack([torch.stack([h[s] for h, s in zip(r, q)]) for r, q in zip(model, slots)])
+            model = torch.stack(
+                [torch.stack([h[s] for h, s in zip(r, q, strict=True)]) for r, q in zip(model, slots, strict=True)]
+            )
         elif name == "crop":
             buffer.crop(max(0, n - size))
             model = model[:, :, : max(0, n - size)]
@@ -297,12 +301,12 @@ def test_a_fork_goes_its_own_way(recipe: str) -> None:
         twin = snapshot.fork()
         for i in range(26, 30):  # the twin reads another text
             run(model, twin, ids[:, i : i + 1])
-        assert all(torch.equal(layer.positions, p) for layer, p in zip(cache.layers, positions))
+        assert all(torch.equal(layer.positions, p) for layer, p in zip(cache.layers, positions, strict=True))
         for _ in range(2):  # a snapshot can be restored more than once
             cache.restore(snapshot)
             again = [run(model, cache, ids[:, i : i + 1]) for i in range(20, 26)]
-            assert all(torch.equal(a, b) for a, b in zip(expected, again))
-            assert all(torch.equal(layer.positions, p) for layer, p in zip(cache.layers, positions))
+            assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+            assert all(torch.equal(layer.positions, p) for layer, p in zip(cache.layers, positions, strict=True))
 
 
 @pytest.mark.parametrize("recipe", ["dense", "tokenselect:4096", "h2o:4096", "recycled_attention:4096"])

@@ -71,11 +71,41 @@ def test_a_method_and_an_iterable_of_methods_are_recipes() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "+", "h2o+", "h2o:", "h2o:0", "h2o:-1", "h2o:200%", "h2o()x", "h2o(", "h2o)", "h2o(recent)", "h2o(recent=)",
-     "h2o(recent=1,recent=2):8", "h2o(budget=3):4", "h2o((recent=1))", "dense:50%", "nothing:3", "h2o:10%:10%", "h2o:1.5",
-     "h2o(recent=banana)", "h2o(name=3)", "tokenselect(refresh=nan):3", "h2o(recent_share=2)", "h2o(reduce=median)", "tokenselect(positions=x)",
-     "h2o:" + "9" * 5000, "missing.json", "missing.yaml", "/", "\0.json", "h2o\n:3\n+"],
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "+",
+        "h2o+",
+        "h2o:",
+        "h2o:0",
+        "h2o:-1",
+        "h2o:200%",
+        "h2o()x",
+        "h2o(",
+        "h2o)",
+        "h2o(recent)",
+        "h2o(recent=)",
+        "h2o(recent=1,recent=2):8",
+        "h2o(budget=3):4",
+        "h2o((recent=1))",
+        "dense:50%",
+        "nothing:3",
+        "h2o:10%:10%",
+        "h2o:1.5",
+        "h2o(recent=banana)",
+        "h2o(name=3)",
+        "tokenselect(refresh=nan):3",
+        "h2o(recent_share=2)",
+        "h2o(reduce=median)",
+        "tokenselect(positions=x)",
+        "h2o:" + "9" * 5000,
+        "missing.json",
+        "missing.yaml",
+        "/",
+        "\0.json",
+        "h2o\n:3\n+",
+    ],
+)
 def test_nonsense_is_one_sentence(text: str) -> None:
     with pytest.raises(LaconicError) as error:
         Recipe.parse(text)
@@ -91,12 +121,26 @@ def test_what_is_no_recipe_at_all_is_one_sentence(value: object) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"recipe": 3}', '{"recipe": []}', '{"recipe": ["h2o"]}', '{"recipe": [{"budget": "3"}]}',
-     '{"recipe": [{"method": ["h2o"]}]}', '{"recipe": [{"method": null}]}', '{"recipe": [{"method": "h2o", "x": 1}]}',
-     '{"recipe": [{"method": "h2o", "budget": null}]}', '{"recipe": [{"method": "h2o", "budget": [1]}]}',
-     '{"recipe": [{"method": "h2o", "recent": {}}]}', '{"recipe": {"method": "h2o"}}', '{"recipe": [[["method", "h2o"]]]}x',
-     '{"recipe": [{"method": "h2o", "1": 2}]}'],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"recipe": 3}',
+        '{"recipe": []}',
+        '{"recipe": ["h2o"]}',
+        '{"recipe": [{"budget": "3"}]}',
+        '{"recipe": [{"method": ["h2o"]}]}',
+        '{"recipe": [{"method": null}]}',
+        '{"recipe": [{"method": "h2o", "x": 1}]}',
+        '{"recipe": [{"method": "h2o", "budget": null}]}',
+        '{"recipe": [{"method": "h2o", "budget": [1]}]}',
+        '{"recipe": [{"method": "h2o", "recent": {}}]}',
+        '{"recipe": {"method": "h2o"}}',
+        '{"recipe": [[["method", "h2o"]]]}x',
+        '{"recipe": [{"method": "h2o", "1": 2}]}',
+    ],
+)
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
 def test_a_broken_file_is_one_sentence(content: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"broken.{suffix}"
@@ -127,9 +171,41 @@ def test_a_file_keeps_numbers_as_numbers(tmp_path: Path) -> None:
 
 
 PIECES = st.sampled_from(
-    [*IDS, "h2", "tokenselct", "(", ")", ":", "+", ",", "=", "%", " ", "-", ".", "10%", "256", "0", "1e9", "pyramid", "sinks",
-     "recent", "refresh", "kernel", "true", "nan", "inf", "\n", "\0", "é", "٣", "½", "_", "9" * 30]
-)  # fmt: skip
+    [
+        *IDS,
+        "h2",
+        "tokenselct",
+        "(",
+        ")",
+        ":",
+        "+",
+        ",",
+        "=",
+        "%",
+        " ",
+        "-",
+        ".",
+        "10%",
+        "256",
+        "0",
+        "1e9",
+        "pyramid",
+        "sinks",
+        "recent",
+        "refresh",
+        "kernel",
+        "true",
+        "nan",
+        "inf",
+        "\n",
+        "\0",
+        "é",
+        "٣",
+        "½",
+        "_",
+        "9" * 30,
+    ]
+)
 RECIPES = st.one_of(st.lists(PIECES, max_size=14).map("".join), st.text(max_size=40))
 
 

@@ -40,8 +40,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def build(name: str = "llama", *, sharpen: float = 4.0, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A new random model in eval mode that never stops early.
 
-    ``sharpen`` multiplies the weight matrices: with the usual small weights attention is nearly uniform and every method
-    would pass.
+    ``sharpen`` multiplies the weight matrices: with the usual small weights attention is nearly uniform, and every
+    method would pass.
     """
     import transformers
 
@@ -65,7 +65,7 @@ def shared(name: str = "llama") -> torch.nn.Module:
 
 
 def prompt(rows: int = 1, length: int = 40, *, seed: int = 0, pads: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Random ``input_ids`` and ``attention_mask`` (rows, length), with ``pads`` padding tokens on the left of the rows."""
+    """Random ``input_ids`` and ``attention_mask`` (rows, length), with ``pads`` tokens of padding on the left."""
     ids = torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for row, count in enumerate(pads):

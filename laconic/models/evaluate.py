@@ -68,7 +68,7 @@ def evaluate(
     samples: int = 50,
     seed: int = 1,
 ) -> dict[str, dict[int, float]]:
-    """Per task and length in tokens: the accuracy 0..1 over ``samples`` examples, or the perplexity of up to 8 texts."""
+    """Per task and length in tokens: the accuracy 0..1 of ``samples`` examples, or the perplexity of up to 8 texts."""
     table: dict[str, dict[int, float]] = {}
     for name in tasks:
         table[name] = {}

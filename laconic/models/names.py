@@ -13,13 +13,13 @@ from functools import lru_cache
 SINGLE_TOKENS = 512
 
 _STARTS = (
-    "Bel Cor Dar Fen Gal Hul Jor Kel Lom Mir Nar Pol Quo Rud Sel Tar "
-    "Vel Wex Yor Zan Bru Dru Gri Kra Pli Sto Tra Vro Oth Ulf Ist Arv"
-).split()
+    "Bel", "Cor", "Dar", "Fen", "Gal", "Hul", "Jor", "Kel", "Lom", "Mir", "Nar", "Pol", "Quo", "Rud", "Sel", "Tar",
+    "Vel", "Wex", "Yor", "Zan", "Bru", "Dru", "Gri", "Kra", "Pli", "Sto", "Tra", "Vro", "Oth", "Ulf", "Ist", "Arv",
+)  # fmt: skip
 _ENDS = (
-    "bax cim dun fik gos hep jil kov lum mor nax pel rik sut tov vek "
-    "wil xan yub zid bro dra fli gru kta mpo nde rvi sko tru lza qui"
-).split()
+    "bax", "cim", "dun", "fik", "gos", "hep", "jil", "kov", "lum", "mor", "nax", "pel", "rik", "sut", "tov", "vek",
+    "wil", "xan", "yub", "zid", "bro", "dra", "fli", "gru", "kta", "mpo", "nde", "rvi", "sko", "tru", "lza", "qui",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1)

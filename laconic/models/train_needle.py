@@ -1,7 +1,8 @@
 """Train the built-in `needle` model: ``python -m laconic.models.train_needle --data DIR --out DIR``.
 
-The curriculum starts at 16 tokens and doubles the length each time the accuracy on the answers' names passes 90 % (96 % from 512 tokens on);
-starting with long documents ends on a plateau. State is saved beside the model, so that a stopped run goes on.
+The curriculum starts at 16 tokens and doubles the length each time the accuracy on the answers' names passes 90 % (96 %
+from 512 tokens on); starting with long documents ends on a plateau. The learning rate falls over the last third of the
+time. State is saved beside the model, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -155,8 +156,11 @@ def loop(model, optimizer, maker, state, out: Path, minutes: float, name_start: 
         state["elapsed"] = before + time.time() - begun
         mean = sum(recent) / max(1, len(recent))
         if step % 25 == 0:
-            print(f"{state['elapsed']:6.0f} s  step {step}  length {top}  names {mean:.3f}  text {text_mean:.2f}  "
-                  f"loss {loss.item():.3f}  rate {rate:.1e}", flush=True)
+            print(
+                f"{state['elapsed']:6.0f} s  step {step}  length {top}  names {mean:.3f}  text {text_mean:.2f}  "
+                f"loss {loss.item():.3f}  rate {rate:.1e}",
+                flush=True,
+            )
         passed = len(recent) >= 30 and mean > (PASS if top >= 512 else EARLY) and state["stage"] + 1 < len(LENGTHS)
         if passed:
             print(f"{state['elapsed']:6.0f} s  step {step}  passed {top} tokens", flush=True)

@@ -46,12 +46,13 @@ def keep_top(
     worth = scores.float().masked_fill((slot < first + sinks) | (slot >= n - recent[:, None, None]), float("inf"))
     worth = worth.masked_fill(slot < first, float("-inf"))
     largest = int(quota.max())
-    if bool((quota == largest).all()):
+    if largest and bool((quota == largest).all()):
         picked = kernels.topk(worth, largest)
     else:  # rows of different lengths: the shorter ones get empty slots in front
         picked = torch.full((batch, heads, largest), -1, dtype=torch.int64, device=scores.device)
         for row, k in enumerate(quota.tolist()):
-            picked[row, :, largest - k :] = kernels.topk(worth[row : row + 1], k)[0]
+            if k:  # none where a row has only padding so far
+                picked[row, :, largest - k :] = kernels.topk(worth[row : row + 1], k)[0]
     return hide(picked, starts)
 
 

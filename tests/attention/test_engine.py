@@ -78,7 +78,7 @@ def test_the_dropped_mass_is_that_of_the_newest_query(recipe: str) -> None:
         for head in range(4):
             entries = [p + pad for p in before[row, head // 2].tolist() if p >= 0] + [29]
             logits = torch.stack([qkv[0][row, head, 29] @ qkv[1][row, head // 2, e] * SCALE for e in entries])
-            p = dict(zip(entries, logits.softmax(0).tolist()))
+            p = dict(zip(entries, logits.softmax(0).tolist(), strict=True))
             if evicts:
                 kept = {q + pad for q in run.layer.positions[row, head // 2].tolist() if q >= 0}
             else:
@@ -99,11 +99,11 @@ def test_evictors_work_in_order_and_each_sees_the_step() -> None:
     """The second evictor's sums count the step that the first one cuts."""
     qkv = random_qkv(40, batch=1)
     run = Run("knorm(sinks=0, recent=1):20 + h2o(recent_share=0):8", qkv, 30)
-    for seen, _ in run:
+    for _ in run:
         assert run.layer.n == 8
         assert run.layer.tracks["h2o"].n == 8
         assert float(run.layer.tracks["h2o"].view().min()) > 0
-    assert seen == 40
+    assert run.layer.seen == 40
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -26,7 +26,7 @@ class ByHand:
             for i in (0, 1):
                 query = self.run.query[self.row, 2 * self.head + i, at + self.pad]
                 p = probabilities(query, self.run.keys[self.row, self.head], [e + self.pad for e in entries])
-                for entry, value in zip(entries, p.tolist()):
+                for entry, value in zip(entries, p.tolist(), strict=True):
                     for_heads[i][entry] += value
         for entry in for_heads[0]:
             self.total[entry] += GROUP[self.reduce](for_heads[0][entry], for_heads[1][entry])

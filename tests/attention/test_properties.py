@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -25,9 +26,18 @@ METHODS = {
 }
 CHOOSING = [name for name, cls in METHODS.items() if issubclass(cls, EvictMethod | ReadMethod)]
 # the same methods where their memory over time matters
-LASTING = ["tokenselect(refresh=-1)", "tokenselect(refresh=0.3)", "tokenselect(refresh=2)", "tokenselect(per_head=true)",
-           "tokenselect(positions=compact, refresh=-1)", "recycled_attention(every=1)", "recycled_attention(every=2)",
-           "recycled_attention(every=1, similarity=2)", "h2o(normalise=true)", "tova(per_head=true)"]  # fmt: skip
+LASTING = [
+    "tokenselect(refresh=-1)",
+    "tokenselect(refresh=0.3)",
+    "tokenselect(refresh=2)",
+    "tokenselect(per_head=true)",
+    "tokenselect(positions=compact, refresh=-1)",
+    "recycled_attention(every=1)",
+    "recycled_attention(every=2)",
+    "recycled_attention(every=1, similarity=2)",
+    "h2o(normalise=true)",
+    "tova(per_head=true)",
+]
 
 
 def protected(name: str) -> dict[str, int]:
@@ -43,13 +53,13 @@ def gentle(kv_heads: int) -> torch.nn.Module:
 
 
 def logits(model: Any, recipe: str, chunk: int | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits of a padded prompt (in chunks) and of four decode steps on fixed tokens, and the positions held at the end."""
+    """Logits of a padded prompt (in chunks) and of four decode steps on fixed tokens, and the positions held then."""
     inputs = prompt(3, 44, pads=(0, 9, 25))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     ends = [*(range(chunk, 40, chunk) if chunk else ()), 40, 41, 42, 43, 44]
     with laconic.apply(model, recipe) as handle, torch.no_grad():
         cache, out = handle.cache(), []
-        for begin, end in zip([0, *ends], ends, strict=False):
+        for begin, end in itertools.pairwise([0, *ends]):
             out.append(model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
     return torch.cat(out, dim=1)[mask.bool()], [layer.positions for layer in cache.layers]
 
@@ -196,7 +206,9 @@ def test_a_small_budget_changes_something_and_repeats(name: str) -> None:
     runs = []
     for recipe in ("dense", f"{name}{options}:12", f"{name}{options}:12"):
         with laconic.apply(shared(), recipe):
-            runs.append(torch.stack(generate(shared(), inputs, 8, return_dict_in_generate=True, output_logits=True).logits))
+            runs.append(
+                torch.stack(generate(shared(), inputs, 8, return_dict_in_generate=True, output_logits=True).logits)
+            )
     assert not torch.allclose(runs[0], runs[1], atol=1e-3)
     assert torch.equal(runs[1], runs[2])
 
@@ -224,9 +236,24 @@ def test_an_evictor_composes_with_everything(evictor: str, second: str) -> None:
         return f"{name}(window=4):{budget}" if name == "snapkv" else f"{name}(sinks=1, recent=2):{budget}"
 
     recipe = f"{part(evictor, 30)} + {part(second, 12)}"
-    for cache, handle, seen in steps(recipe):
+    for cache, last, seen in steps(recipe):
+        handle = last
         for layer in cache.layers:
             assert layer.n <= 30 + (seen - LENGTH)
             assert all(b.n == layer.n for b in (layer._keys, layer._values, layer._positions))
     if issubclass(METHODS[second], ReadMethod) or METHODS[second].while_decoding:
         assert handle.stats()["kept"] <= (30 if second == "recycled_attention" else 12)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_prompt_in_pieces_with_a_row_that_starts_later(name: str) -> None:
+    """The first pieces of the last row are padding; budgets and protection hold all the same."""
+    options = "(window=4)" if name == "snapkv" else "(sinks=1, recent=2)"
+    with laconic.apply(shared(), f"{name}{options}:8"):
+        out = generate(shared(), prompt(3, LENGTH, pads=PADS), 4, prefill_chunk_size=10, return_dict_in_generate=True)
+    for layer in out.past_key_values.layers:
+        for row, pad in enumerate(PADS):
+            newest = layer.positions[row, :, -1]
+            assert newest.tolist() == [LENGTH - pad + 2] * 2
+            real = layer.positions[row][layer.positions[row] >= 0]
+            assert int(real.max()) == LENGTH - pad + 2 and int(real.min()) >= 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from attend import Run, held, random_qkv
@@ -25,7 +27,7 @@ def test_heads_keep_different_sets() -> None:
 
 def test_a_smaller_budget_keeps_a_subset_at_every_step() -> None:
     budgets = [kept_over_time(f"random(sinks=2, recent=3):{k}") for k in (8, 12, 20, 33)]
-    for small, large in zip(budgets, budgets[1:]):
+    for small, large in itertools.pairwise(budgets):
         for step, rows in enumerate(small):
             for row, heads in enumerate(rows):
                 for head, kept in enumerate(heads):

@@ -21,9 +21,7 @@ def test_the_prompt_is_cut_to_what_its_last_window_attends_to(window: int, kerne
                 mean = [0.0] * n
                 for h in (2 * head, 2 * head + 1):
                     for at in range(n - window, n):
-                        p = probabilities(
-                            qkv[0][row, h, at + pad], qkv[1][row, head], list(range(pad, at + pad + 1))
-                        )
+                        p = probabilities(qkv[0][row, h, at + pad], qkv[1][row, head], list(range(pad, at + pad + 1)))
                         for i, value in enumerate(p.tolist()):
                             mean[i] += value / 2
                 reach = kernel // 2

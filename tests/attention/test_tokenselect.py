@@ -41,7 +41,7 @@ def chosen_by_hand(
     for head in heads:
         keys = run.keys[row, head // 2]
         logits = torch.stack([run.query[row, head, at] @ keys[c] * scale for c in candidates])
-        for c, p in zip(candidates, logits.softmax(0).tolist()):
+        for c, p in zip(candidates, logits.softmax(0).tolist(), strict=True):
             total[c] += p
     reach = kernel // 2
     smooth = {c: max(total.get(n, 0.0) for n in range(c - reach, c + reach + 1)) for c in candidates}
@@ -52,7 +52,9 @@ def chosen_by_hand(
 @pytest.mark.parametrize(("scale", "kernel"), [(1.0, 1), (0.0, 1), (0.3, 3)])
 def test_the_heads_vote(reads: list[torch.Tensor], per_head: bool, scale: float, kernel: int) -> None:
     sinks, recent, budget, pads = 2, 3, 10, (0, 7)
-    recipe = f"tokenselect(sinks={sinks}, recent={recent}, refresh=2, scale={scale}, kernel={kernel}, per_head={per_head})"
+    recipe = (
+        f"tokenselect(sinks={sinks}, recent={recent}, refresh=2, scale={scale}, kernel={kernel}, per_head={per_head})"
+    )
     run = Run(f"{recipe}:{budget}", random_qkv(40), 28, pads=pads)
     for seen, output in run:
         if seen == 28:
@@ -61,9 +63,7 @@ def test_the_heads_vote(reads: list[torch.Tensor], per_head: bool, scale: float,
         for row, pad in enumerate(pads):
             for head in range(2):
                 heads = range(2 * head, 2 * head + 2) if per_head else range(4)
-                expected = chosen_by_hand(
-                    run, row, heads, seen - 1, pad, scale or SCALE, kernel, sinks, recent, budget
-                )
+                expected = chosen_by_hand(run, row, heads, seen - 1, pad, scale or SCALE, kernel, sinks, recent, budget)
                 assert reads[-1].expand(-1, 2, -1)[row, head].tolist() == expected
                 for h in (2 * head, 2 * head + 1):
                     by_hand = attention(run, row, h, seen - 1, expected)
@@ -86,7 +86,7 @@ def test_the_order_of_heads_does_not_matter(reads: list[torch.Tensor]) -> None:
         for _ in Run("tokenselect(sinks=1, recent=2, refresh=0.5):8", qkv, 30):
             pass
     half = len(reads) // 2
-    assert half == 10 and all(torch.equal(a, b) for a, b in zip(reads[:half], reads[half:]))
+    assert half == 10 and all(torch.equal(a, b) for a, b in zip(reads[:half], reads[half:], strict=True))
 
 
 @pytest.mark.parametrize(("refresh", "expected"), [(1.5, 10), (-1.0, 1), (-2.0, 1)])
@@ -101,7 +101,11 @@ def test_a_choice_is_reused_while_the_query_points_the_same_way(votes: list[int]
     query, keys, values = random_qkv(42, batch=1, heads=2, kv_heads=1, dim=2)
     angle = torch.deg2rad(10.0 * torch.arange(42))
     query[:] = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    run = Run(f"tokenselect(sinks=1, recent=2, refresh={float(torch.tensor(25.0).deg2rad().cos())}):8", [query, keys, values], 32)
+    run = Run(
+        f"tokenselect(sinks=1, recent=2, refresh={float(torch.tensor(25.0).deg2rad().cos())}):8",
+        [query, keys, values],
+        32,
+    )
     when, count = [], 0
     for seen, _ in run:
         if len(votes) > count:
@@ -130,7 +134,7 @@ def test_the_fingerprint_is_free_of_position(votes: list[int]) -> None:
     assert len(votes) == 1
 
 
-# --- positions=compact -------------------------------------------------------------------------------------------------
+# --- positions=compact -----------------------------------------------------------------------------------------------
 def test_compact_positions_are_dense_when_all_is_selected() -> None:
     model, inputs = build(sharpen=2.0), prompt(2, 30, pads=(0, 8))
     options = {"return_dict_in_generate": True, "output_logits": True}
@@ -139,7 +143,7 @@ def test_compact_positions_are_dense_when_all_is_selected() -> None:
     with laconic.apply(model, "tokenselect(sinks=1, recent=4, positions=compact):37"):
         ours = generate(model, inputs, 8, **options)
     assert torch.equal(ours.sequences, expected.sequences)
-    for a, b in zip(ours.logits, expected.logits):
+    for a, b in zip(ours.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -193,7 +197,7 @@ def test_compact_positions_need_a_known_rope() -> None:
         generate(model, prompt(1, 40), 2)
 
 
-# --- with others ---------------------------------------------------------------------------------------------------------
+# --- with others -----------------------------------------------------------------------------------------------------
 def test_what_an_evictor_dropped_is_never_read(reads: list[torch.Tensor]) -> None:
     qkv = random_qkv(60, batch=1)
     run = Run("snapkv(window=4):20 + tokenselect(sinks=1, recent=2, refresh=2):8", qkv, 50)

@@ -14,7 +14,7 @@ def test_what_the_newest_token_attends_to_least_is_dropped(per_head: bool) -> No
     for seen, output in run:
         for row, pad in enumerate(pads):
             newest = seen - 1 - pad
-            kept = [before.get((row, head), list(range(newest))) + [newest] for head in range(2)]
+            kept = [[*before.get((row, head), range(newest)), newest] for head in range(2)]
             received = []  # per query head: probability of each entry
             for head in range(4):
                 entries = kept[head // 2]
@@ -25,7 +25,7 @@ def test_what_the_newest_token_attends_to_least_is_dropped(per_head: bool) -> No
             for head in range(2):
                 heads = range(2 * head, 2 * head + 2) if per_head else range(4)
                 score = [sum(received[h][i] for h in heads) for i in range(len(kept[head]))]
-                worth = dict(zip(kept[head], score))
+                worth = dict(zip(kept[head], score, strict=True))
                 worth.pop(newest)  # the newest token itself is protected
                 before[row, head] = sorted([*top(worth, budget - 1), newest])
                 assert held(run)[row][head] == before[row, head]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -189,14 +190,11 @@ def test_a_method_that_refuses_the_model_is_left_out_with_its_reason(
         run(tiny, task, tmp_path / "report", methods=["h2o"], budgets=["24"])
 
 
-def test_a_warm_up_that_is_too_short_for_a_share_is_no_verdict(tiny, tmp_path: Path) -> None:
+def test_a_warm_up_that_is_too_short_for_a_share_is_no_verdict(tiny, tmp_path: Path, monkeypatch) -> None:
     """5% of 1,024 tokens is room enough for knorm's protected tokens; 5% of what the warm-up takes must not count."""
     task = jsonl(tmp_path / "long.jsonl", [{"prompt": "word " * 205, "answer": "x", "max_new_tokens": 2}])
-    measure.warm_up.__defaults__, before = (64, 3), measure.warm_up.__defaults__
-    try:
-        report = run(tiny, task, tmp_path / "report", methods=["knorm"], budgets=["5%"])
-    finally:
-        measure.warm_up.__defaults__ = before
+    monkeypatch.setattr(measure, "warm_up", functools.partial(measure.warm_up, tokens=64))
+    report = run(tiny, task, tmp_path / "report", methods=["knorm"], budgets=["5%"])
     assert [r["recipe"] for r in report.rows] == ["dense", "knorm:5%"] and report.run["skipped"] == []
 
 

@@ -38,7 +38,7 @@ def test_command_prints_a_table_or_json(tiny_path: str, capsys: pytest.CaptureFi
     command = ["--model", tiny_path, "--samples", "1", "--lengths", "1024"]
     assert evaluate.main([*command, "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert list(table) == [*evaluate.TASKS, "perplexity"] and table["perplexity"]["1024"] > 1
+    assert list(table) == list(evaluate.TASKS) and table["perplexity"]["1024"] > 1
     assert evaluate.main(["--model", "/no/such/model"]) == 2
     error = capsys.readouterr().err
     assert "no model folder /no/such/model" in error and error.count("\n") == 1

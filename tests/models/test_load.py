@@ -128,3 +128,65 @@ def test_a_model_without_tokenizer(tiny, tmp_path: Path) -> None:
     tiny[0].save_pretrained(tmp_path)
     with pytest.raises(LaconicError, match="tokenizer of"):
         load(tmp_path)
+
+
+def test_damaged_and_incomplete_weights(tiny, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    whole = weights.read_bytes()
+    save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, weights, {"format": "pt"})
+    with pytest.raises(LaconicError, match=r"incomplete \(1 tensors such as lm_head.weight"):
+        load(tmp_path)
+    for damage in (whole[: len(whole) // 2], whole[:4], b"", b"\xff" * 2000):
+        weights.write_bytes(damage)
+        with pytest.raises(LaconicError, match="missing or broken") as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
+    weights.unlink()
+    with pytest.raises(LaconicError, match="missing or broken"):
+        load(tmp_path)
+
+
+def test_encoders_are_refused_even_if_transformers_would_open_them(tmp_path: Path) -> None:
+    for config in (
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        {"model_type": "bart", "architectures": ["BartForCausalLM"], "is_encoder_decoder": True},
+    ):
+        with pytest.raises(LaconicError, match="not a causal language model"):
+            load(_folder(tmp_path / config["model_type"], config))
+
+
+def test_weights_that_do_not_fit_into_memory(tiny_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")):
+
+        def refuse(*_: object, _error: Exception = error, **__: object) -> None:
+            raise _error
+
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+        with pytest.raises(LaconicError, match="does not fit into memory"):
+            load(tiny_path)
+
+
+def test_without_a_network_the_hub_is_not_tried_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("time.sleep", asked.append)
+    with pytest.raises(LaconicError, match=r"hub gives none.*not reachable from here.*no copy lies in the cache"):
+        load("someone/no-such-model")
+    assert not asked
+
+
+def test_loading_leaves_the_logging_of_transformers_alone(tiny_path: str) -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load(tiny_path)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

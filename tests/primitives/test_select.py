@@ -84,10 +84,18 @@ def test_coverage_is_the_smallest_set_with_the_mass(weights: list[int], mass: fl
             break
         best, count = best + weight, count + 1
     assert sum(chosen) == count
-    assert sum(w for w, c in zip(weights, chosen) if c) == best >= goal - 1e-9
+    assert sum(w for w, c in zip(weights, chosen, strict=True) if c) == best >= goal - 1e-9
 
 
 def test_a_quota_per_head() -> None:
     scores = torch.tensor([[[1.0, 5, 3, 3], [9.0, 8, 7, 6]]])
     assert quota_top(scores, torch.tensor([[3, 1]])).tolist() == [[[1, 2, 3], [-1, -1, 0]]]
     assert quota_top(scores, torch.tensor([[0, 2]])).tolist() == [[[-1, -1], [0, 1]]]
+
+
+def test_a_row_of_padding_keeps_nothing() -> None:
+    """The first piece of a prompt that is read in pieces can be all padding in a short row."""
+    scores, starts = torch.arange(4.0).expand(2, 2, -1), torch.tensor([[0, 0], [4, 4]])
+    picked = keep_top(scores, torch.tensor([2, 0]), starts, recent=1)
+    assert picked.tolist() == [[[2, 3]] * 2, [[-1, -1]] * 2]
+    assert keep_top(scores, torch.tensor([0, 0]), torch.full((2, 2), 4)).shape == (2, 2, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from laconic.bench.bandwidth import read_bandwidth
+from laconic.bench.bandwidth import ReadStep
 from laconic.bench.figure import Figure, Say, interleave, milliseconds
 from laconic.bench.steps import OurStep, Shape, StockStep
 
@@ -13,19 +13,22 @@ RATIO, BANDWIDTH_SHARE, TOLERANCE = 8.0, 0.7, 1e-5
 
 
 def run(quick: bool, say: Say) -> Figure:
-    """Median of interleaved steps; both append the same token and answer the same query, and the answers must agree."""
+    """Median of interleaved steps; both append the same token and answer the same query, and the answers must agree.
+
+    A plain read of as many bytes takes its turn too: the bandwidth of the machine under the very same load.
+    """
     shape, repeats = (Shape(2048), 2) if quick else (Shape(65_536), 9)
     generator = torch.Generator().manual_seed(0)
     keys, values = shape.filled(generator)
     incoming = shape.incoming(repeats + 3, generator)
     stock = StockStep(shape, keys, values, incoming)
     ours = OurStep(shape, keys, values, incoming, "dense")
+    read = ReadStep(shape.cache_bytes)
     del keys, values
-    times = interleave({"stock": stock, "ours": ours}, repeats=repeats, warmup=2, say=say)
+    times = interleave({"stock": stock, "ours": ours, "read": read}, repeats=repeats, warmup=2, say=say)
     difference = float((stock(repeats + 2) - ours(repeats + 2)).abs().max())
     ms = milliseconds(times)
-    limit = read_bandwidth()
-    reached = shape.cache_bytes / (1e-3 * ms["ours"])
+    limit, reached = read.bytes / (1e-3 * ms["read"]), shape.cache_bytes / (1e-3 * ms["ours"])
     return Figure(
         ours=ms["ours"],
         reference=ms["stock"],
