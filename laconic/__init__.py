@@ -11,8 +11,8 @@ from laconic.recipe import Recipe
 from laconic.registry import get, methods, register
 
 if TYPE_CHECKING:
-    from laconic.hooks import Handle, apply
     from laconic.evaluation.compare import compare
+    from laconic.hooks import Handle, apply
     from laconic.models import load
 
 __version__ = "0.1.0"

@@ -31,7 +31,8 @@ class Method:
     guarantee: ClassVar[str] = "lossy"
     verbs: ClassVar[tuple[str, ...]] = ()
 
-    budget: Budget = parameter(Budget(share=1.0), "tokens (256) or share (10%) kept per KV head and layer")
+    budget: Budget = parameter(  # noqa: RUF009 (returns a dataclass field)
+        Budget(share=1.0), "tokens (256) or share (10%) kept per KV head and layer")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Budget.parse(self.budget))

@@ -55,7 +55,7 @@ class Trace:
     own: list[int]  # the method's own greedy tokens
     prefill_s: float
     steps_s: list[float] = field(default_factory=list)
-    stats: dict[str, Any] = field(default_factory=dict)  # of the last forced step
+    stats: list[dict[str, Any]] = field(default_factory=list)  # the cache's figures, per forced step
     masses: list[float | None] = field(default_factory=list)  # attention mass not read, per forced step
 
     @functools.cached_property
@@ -115,8 +115,8 @@ class Runner:
             steps.append(seconds)
             trace.logits.append(logits)
             if handle is not None:
-                trace.stats = handle.stats()
-                trace.masses.append(trace.stats["dropped_mass"])
+                trace.stats.append(handle.stats())
+                trace.masses.append(trace.stats[-1]["dropped_mass"])
             choice = int(logits.argmax())
             token = choice if item.forced is None else item.forced[len(trace.forced)]
             if choice != token and not trace.own and item.example.answer is not None:
@@ -281,7 +281,7 @@ def summarise(items: Sequence[Item], traces: Sequence[Trace], cells: list[dict],
     """The means of a cell's examples."""
     steps = [seconds for trace in traces for seconds in trace.steps_s]
     seen = [len(item.ids) + len(trace.forced) - 1 for item, trace in zip(items, traces, strict=True)]
-    kept = [trace.stats.get("kept") for trace in traces]
+    kept = [_mean([step["kept"] for step in trace.stats]) for trace in traces]
     if metric == "perplexity":
         quality: float | None = math.exp(sum(c["nll"] for c in cells) / sum(c["scored"] for c in cells))
     else:
@@ -293,7 +293,7 @@ def summarise(items: Sequence[Item], traces: Sequence[Trace], cells: list[dict],
         "kl": _mean([c["kl"] for c in cells]),
         "kept": _mean(kept),
         "kept_share": _mean([None if k is None else k / n for k, n in zip(kept, seen, strict=True)]),
-        **{key: _mean([t.stats.get(key) for t in traces]) for key in ("bytes_kept", "bytes_read")},
+        **{key: _mean([step[key] for t in traces for step in t.stats]) for key in ("bytes_kept", "bytes_read")},
         "prefill_s": _mean([trace.prefill_s for trace in traces]),
         "decode_s": _mean(steps),
         "examples": len(items),

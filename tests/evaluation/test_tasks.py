@@ -184,7 +184,9 @@ def test_pairs_give_the_answer() -> None:
     for example in task_of("kv_recall").examples:
         context = context_of(example)
         listed = context[context.index(wording.PAIRS_OPEN) + len(wording.PAIRS_OPEN) :]
-        listed = listed[: listed.index(wording.PAIRS_CLOSE)] + ","  # the last one lost its separator
+        listed = listed[: listed.index(wording.PAIRS_CLOSE)]
+        assert re.search(f"{NAME}$", listed)
+        listed += ","  # the last one has no separator
         pairs = {match["key"]: match["value"] for match in pattern_of(wording.PAIR, 2).finditer(listed)}
         assert len(pairs) == example.meta["pairs"] == (40 if example.meta["length"] > 800 else len(pairs)) > 20
         assert pairs[asked_name(example)].strip() == example.answer

@@ -31,12 +31,10 @@ def run(quick: bool, say: Say) -> Figure:
         return kernels.column_sums(query, keys, scale=shape.scale)
 
     times = interleave({"eager": eager, "ours": ours}, repeats=repeats, say=say)
-    expected, found = eager(0), ours(0)
+    (found, peak, source), (expected, eager_peak, _) = _peak(ours), _peak(eager)
     difference = float(((found - expected).abs() / expected.clamp(min=1e-3)).max())
-    del expected, found
-    peaks = {name: _peak(step) for name, step in (("ours", ours), ("eager", eager))}
     ms, map_bytes = milliseconds(times), 4 * shape.heads * shape.tokens**2
-    share = peaks["ours"][0] / map_bytes
+    share = peak / map_bytes
     return Figure(
         ours=ms["ours"],
         reference=ms["eager"],
@@ -51,8 +49,8 @@ def run(quick: bool, say: Say) -> Figure:
             "dtype": "float32",
             "map_bytes": map_bytes,
             "share_of_map_bytes": share,
-            "peak_bytes": {name: peak for name, (peak, _) in peaks.items()},
-            "memory_source": peaks["ours"][1],
+            "peak_bytes": {"ours": peak, "eager": eager_peak},
+            "memory_source": source,
             "largest_relative_difference": difference,
             "repeats": repeats,
             "reference": "repeat keys, matmul, additive mask (made before), fp32 softmax, sum over rows; no values",
@@ -68,8 +66,8 @@ def eager_column_sums(query: torch.Tensor, keys: torch.Tensor, mask: torch.Tenso
     return logits.softmax(-1, dtype=torch.float32).sum(2)
 
 
-def _peak(step: Callable[[int], object]) -> tuple[int, str]:
-    """Peak bytes above what was in use, and how they were measured; ``step`` has run before, so no compiler counts."""
+def _peak(step: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, int, str]:
+    """Result, peak bytes above what was in use, and how they were taken; ``step`` has run before, so no compiler counts."""
     with PeakMemory() as memory:
-        step(0)
-    return memory.bytes, memory.source
+        result = step(0)
+    return result, memory.bytes, memory.source
