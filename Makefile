@@ -1,7 +1,7 @@
 # make compare   the main job: set up, then compare methods on the built-in model; writes laconic-report/
 # make test      set up, then check the style and run the tests
 # make bench     set up, then run the speed suite
-PYTHON ?= $(firstword $(foreach p,python3.14 python3.13 python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null | grep True),$(p))))
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null | grep True),$(p))))
 VENV := .venv
 STAMP := $(VENV)/.ready
 

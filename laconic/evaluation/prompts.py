@@ -65,9 +65,7 @@ def _nearest(ascending: Sequence[int], point: float) -> int:
     return min((i for i in (right - 1, right) if 0 <= i < len(ascending)), key=lambda i: abs(ascending[i] - point))
 
 
-def build_prompt(
-    tokenizer: Any, length: int, facts: Sequence[tuple[float, str]], question: str, rng: random.Random
-) -> str:
+def build_prompt(tokenizer: Any, length: int, facts: Sequence[tuple[float, str]], question: str, rng: random.Random) -> str:
     """A prompt of ``length`` tokens, special tokens counted: real text with facts ``(depth, sentence)``, the question.
 
     The length is met as closely as whole words allow. Raises LaconicError where facts and question need more.

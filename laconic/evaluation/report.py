@@ -1,277 +1,309 @@
-"""The page of a comparison: one self-contained HTML file made of results.jsonl and run.json."""
+"""The page of a comparison: ``results.jsonl`` and ``run.json`` of a directory as one ``index.html``.
+
+The page is self-contained: scripts, styles and data are inside, and its content security policy forbids every request.
+It shows what is there: rows of an interrupted run, tasks without answers, and examples without length and depth are fine.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
-import os
-from collections.abc import Callable
-from pathlib import Path
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from laconic.errors import LaconicError
+from laconic.evaluation.answers import pick_answers
+from laconic.evaluation.heatmap import heat_maps
+from laconic.evaluation.results import HEADER, RESULTS, read_rows, write_atomic
 from laconic.evaluation.table import figure, ratio, seconds, size
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart; dense is drawn in the text colour.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F", "#B22222", "#4B0092")
-COSTS = (  # key of a row, title of the axis, divisor
-    ("kept_share", "entries attended, share of dense", 1.0),
-    ("bytes_read", "cache bytes read per decode step (MB)", 1e6),
-    ("bytes_kept", "cache bytes kept (MB)", 1e6),
-    ("decode_s", "decode time per token (ms)", 1e-3),
-    ("prefill_s", "prefill time (s)", 1.0),
-    ("peak_bytes", "peak memory above the weights (MB)", 1e6),
+Row = dict[str, Any]
+
+PAGE = "index.html"
+KEEP = 0.99  # a recipe is recommended when it keeps this share of the dense quality
+STYLES = 8  # colours and symbols in the style sheet and the script
+
+METRICS = {
+    "exact": "accuracy (the answer equals)",
+    "contains": "accuracy (the answer is contained)",
+    "regex": "accuracy (the answer matches)",
+    "choice": "accuracy (the right choice)",
+    "rouge_l": "ROUGE-L",
+    "perplexity": "perplexity (lower is better)",
+}
+FIDELITY = "fidelity (same next token as dense)"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with as many digits as help: 5.1 %, 100 %."""
+    if value is None:
+        return "–"
+    points = 100 * value
+    return f"{points:.0f} %" if points >= 9.95 or points == 0 else f"{points:.1f} %"
+
+
+# key, name, title of the plot's axis, format
+COSTS = (
+    ("kept_share", "tokens kept", "tokens kept, share of the text", "percent"),
+    ("bytes_read", "bytes read per step", "bytes read per decode step", "bytes"),
+    ("decode_s", "decode time", "decode time per token", "seconds"),
+    ("peak_bytes", "peak memory", "peak memory above the weights", "bytes"),
 )
-COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("fidelity", "fidelity", figure),
-    ("kl", "KL (nats)", lambda value: "–" if value is None else f"{value:.3g}"),
-    ("bytes_kept", "kept", size),
-    ("bytes_read", "read per step", size),
-    ("prefill_s", "prefill", seconds),
-    ("decode_s", "decode per token", seconds),
-    ("peak_bytes", "peak memory", size),
-    ("dropped_mass", "mass not read", figure),
+CHOICES = (
+    ("bytes_read", "Fewest bytes read per step", size),
+    ("bytes_kept", "Smallest cache", size),
+    ("decode_s", "Fastest decoding", seconds),
 )
-PLOT = {"displayModeBar": False, "responsive": True}
+Column = tuple[str, str, str, Callable[[float | None], str], bool]
+# key, heading, meaning, format, whether the ratio to dense stands beside it
+COLUMNS: tuple[Column, ...] = (
+    ("fidelity", "fidelity", "share of steps with the same most likely token as dense", figure, False),
+    ("kl", "KL", "divergence from the dense next-token distribution, nats, mean over steps", figure, False),
+    ("dropped_mass", "mass lost", "attention mass on tokens that were not read, longest example", figure, False),
+    ("kept_share", "kept", "tokens attended to, share of all seen", percent, False),
+    ("bytes_kept", "cache", "bytes of keys and values that stay in memory", size, True),
+    ("bytes_read", "read/step", "bytes read per decode step", size, True),
+    ("prefill_s", "prefill", "seconds per prompt", seconds, True),
+    ("decode_s", "decode/token", "seconds per decoded token", seconds, True),
+    ("peak_bytes", "peak memory", "highest memory use above the weights, longest example", size, True),
+)
 
 
 def write_report(directory: str | Path) -> Path:
-    """Writes ``directory/index.html`` and returns its path.
+    """Writes ``index.html`` from the results in ``directory``, in one step, and returns its path.
 
-    Partial results of an interrupted run make a page too. Raises LaconicError when the results cannot be read or the page
-    cannot be written; the results stay as they are.
+    Raises:
+        LaconicError: there are no results in it, or the page cannot be written.
     """
     directory = Path(directory)
-    run, rows = _read(directory)
-    page = _render(run, rows)
-    target, temporary = directory / "index.html", directory / "index.html.tmp"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise LaconicError(
-            f"The report page cannot be written to {target} ({error.strerror}): the results are safe in results.jsonl; "
-            "make room or choose another --output and run the same command again."
-        ) from error
-    return target
-
-
-def _read(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    try:
-        run = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        lines = (directory / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, json.JSONDecodeError) as error:
-        raise LaconicError(f"There is no readable comparison in {directory}: run `laconic compare` first.") from error
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the torn last line of a killed run
-            continue
-    rows = [row for row in rows if row.get("run") == run.get("fingerprint")]
+    rows, problems = read_rows(directory / RESULTS)
     if not rows:
-        raise LaconicError(f"No cell is finished in {directory}: run the same `laconic compare` again to go on.")
-    return run, rows
+        raise LaconicError(f"There are no results in {directory}: run laconic compare --output {directory} first.")
+    page = render(rows, _header(directory / HEADER), problems)
+    write_atomic(directory / PAGE, page.encode("utf-8", "replace").decode())  # a lone surrogate has no UTF-8
+    return directory / PAGE
 
 
-def _render(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    from jinja2 import Environment, PackageLoader, select_autoescape
+def _header(path: Path) -> dict[str, Any]:
+    """``run.json``; without it, or with a broken one, the page has no header figures but still its rows."""
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def render(rows: Sequence[Row], run: dict[str, Any], problems: Sequence[str] = ()) -> str:
+    """The page as text. ``rows`` as in results.jsonl, ``run`` as in run.json (may be empty), ``problems`` as notes."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("laconic.evaluation", "templates"),
-        autoescape=select_autoescape(("html", "j2")),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    colours = dict(zip([n for n in names if n != "dense"], PALETTE * 4, strict=False))
-    dense = next((row for row in rows if row["method"] == "dense"), None)
-    heats = _heat_maps(rows)
-    figures: dict[str, str] = {"pareto": _pareto(rows, colours)}
-    if heats:
-        figures["heat"] = _heat_figure(heats)
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        rows=[_line(row, dense, colours) for row in rows],
-        columns=[title for _, title, _ in COLUMNS],
-        quality=_quality_title(rows),
-        sections=[_section(name, rows, colours) for name in names],
-        figures={name: Markup(figure_json) for name, figure_json in figures.items()},
-        plotly=Markup(_plotly()),
-        plot=Markup(json.dumps(PLOT)),
-        missing=len(run.get("methods", [])) and run.get("finished") is None,
-        best=_best(rows),
-    )
-
-
-def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
-    return get_plotlyjs()
-
-
-def _quality_key(rows: list[dict[str, Any]]) -> str:
-    return "quality" if any(row.get("quality") is not None for row in rows) else "fidelity"
-
-
-def _lower_is_better(rows: list[dict[str, Any]]) -> bool:
-    return any(row.get("quality_name") == "perplexity" for row in rows)
-
-
-def _quality_title(rows: list[dict[str, Any]]) -> str:
-    name = next((row["quality_name"] for row in rows if row.get("quality_name")), None)
-    if name is None:
-        return "fidelity to dense (top-1 agreement)"
-    return "perplexity (lower is better)" if name == "perplexity" else f"accuracy ({name.replace('_', ' ')})"
-
-
-def _front(rows: list[dict[str, Any]], key: str, cost: str) -> list[dict[str, Any]]:
-    """Rows that no other row beats in both quality and cost, from cheap to dear."""
-    sign = -1 if key == "quality" and _lower_is_better(rows) else 1
-    known = [row for row in rows if row.get(key) is not None and row.get(cost) is not None]
-    front: list[dict[str, Any]] = []
-    for row in sorted(known, key=lambda r: (r[cost], -sign * r[key])):
-        if not front or sign * row[key] > sign * front[-1][key]:
-            front.append(row)
-    return front
-
-
-def _best(rows: list[dict[str, Any]], keep: float = 0.99) -> dict[str, Any] | None:
-    """The cell that reads the fewest bytes while it keeps 99 % of the dense quality; None when no cell but dense does."""
-    key = _quality_key(rows)
-    dense = next((row for row in rows if row["method"] == "dense"), None)
-    if dense is None or dense.get(key) is None or (key == "quality" and _lower_is_better(rows)):
-        return None
-    good = [r for r in rows if r["method"] != "dense" and (r.get(key) or 0) >= keep * dense[key] and r.get("bytes_read")]
-    return min(good, key=lambda row: row["bytes_read"]) if good else None
-
-
-def _pareto(rows: list[dict[str, Any]], colours: dict[str, str]) -> str:
-    """Quality over cost, with a menu for either axis."""
-    import plotly.graph_objects as go
-
-    key = _quality_key(rows)
-    axes_y = [(key, _quality_title(rows))] + ([("fidelity", "fidelity to dense (top-1 agreement)")] if key == "quality" else [])
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    figure_ = go.Figure()
-    for name in names:
-        own = sorted((row for row in rows if row["method"] == name), key=lambda r: r.get("kept") or 0)
-        figure_.add_scatter(
-            **_xy(own, *axes_y[0][:1], *COSTS[0][::2]),
-            name=name,
-            mode="markers" if name == "dense" else "lines+markers",
-            marker={"size": 15 if name == "dense" else 9, "symbol": "star" if name == "dense" else "circle"},
-            line={"color": colours.get(name, "#666"), "width": 2},
-            text=[f"{row['recipe']}" for row in own],
-            hovertemplate="<b>%{text}</b><br>%{y:.3f} at %{x:.4g}<extra></extra>",
-        )
-    figure_.add_scatter(
-        **_xy(_front(rows, key, COSTS[0][0]), key, *COSTS[0][::2]), name="best at its cost", mode="lines", hoverinfo="skip",
-        line={"color": "rgba(128,128,128,.35)", "width": 10, "shape": "hv"},
-    )  # fmt: skip
-
-    def choice(y: tuple[str, str], cost: tuple[str, str, float]) -> dict[str, Any]:
-        series = [sorted((r for r in rows if r["method"] == n), key=lambda r: r.get("kept") or 0) for n in names]
-        series.append(_front(rows, y[0], cost[0]))
-        data = [_xy(own, y[0], cost[0], cost[2]) for own in series]
-        update = {"x": [d["x"] for d in data], "y": [d["y"] for d in data]}
-        return {"update": update, "x": cost[1], "y": y[1]}
-
-    choices = {f"{y[0]}|{cost[0]}": choice(y, cost) for y in axes_y for cost in COSTS}
-    figure_.update_layout(
-        xaxis={"title": COSTS[0][1], "rangemode": "tozero"},
-        yaxis={"title": axes_y[0][1]},
-        legend={"orientation": "h", "y": -0.22},
-        margin={"l": 60, "r": 20, "t": 20, "b": 60},
-        height=520,
+    loader = PackageLoader("laconic.evaluation", "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    menus = {"y": [list(y) for y in axes_y], "x": [[cost[0], cost[1]] for cost in COSTS]}
-    return _script({"figure": json.loads(figure_.to_json()), "choices": choices, "menus": menus})
+    environment.filters.update(prose=prose, breakable=breakable)
+
+    def asset(name: str) -> Markup:
+        return Markup(loader.get_source(environment, name)[0])
+
+    template = environment.get_template("report.html.j2")
+    # A method whose name is missing is known by its recipe.
+    named = [{**row, "method": row.get("method") or row["recipe"]} for row in rows]
+    view = _view(named, run, problems)
+    return template.render(**view, style=asset("report.css"), script=asset("report.js"), plotly=Markup(get_plotlyjs()))
 
 
-def _xy(rows: list[dict[str, Any]], y: str, x: str, divisor: float) -> dict[str, list[float | None]]:
-    return {"x": [None if row.get(x) is None else row[x] / divisor for row in rows], "y": [row.get(y) for row in rows]}
+def prose(text: str) -> Any:
+    """A docstring as HTML paragraphs; double backquotes become code."""
+    from markupsafe import Markup, escape
+
+    paragraphs = [str(escape(" ".join(part.split()))) for part in text.split("\n\n") if part.strip()]
+    return Markup(re.sub("``(.+?)``", r"<code>\1</code>", "".join(f"<p>{part}</p>" for part in paragraphs)))
 
 
-def _heat_maps(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per recipe, the mean correctness by depth and length; empty for tasks without depth."""
-    maps: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        grid: dict[tuple[float, int], list[float]] = {}
-        for cell in row.get("cells", []):
-            meta = cell.get("meta") or {}
-            value = cell["correct"] if cell.get("correct") is not None else cell.get("fidelity")
-            if meta.get("depth") is not None and meta.get("length") is not None and value is not None:
-                grid.setdefault((meta["depth"], meta["length"]), []).append(value)
-        if not grid:
-            continue
-        depths, lengths = sorted({d for d, _ in grid}), sorted({n for _, n in grid})
-        mean = [[sum(v) / len(v) if (v := grid.get((d, n))) else None for n in lengths] for d in depths]
-        maps[row["recipe"]] = {"depths": depths, "lengths": lengths, "z": mean, "method": row["method"]}
-    return maps
+def breakable(name: str) -> Any:
+    """A name as HTML that may be broken after its underscores, on narrow screens."""
+    from markupsafe import Markup, escape
+
+    return Markup(str(escape(name)).replace("_", "_<wbr>"))
 
 
-def _heat_figure(maps: dict[str, dict[str, Any]]) -> str:
-    """One small map per recipe, side by side."""
-    from plotly.subplots import make_subplots
-
-    across = 4
-    down = -(-len(maps) // across)
-    figure_ = make_subplots(
-        rows=down, cols=across, subplot_titles=list(maps), horizontal_spacing=0.04, vertical_spacing=min(0.9 / down, 0.32 / down),
-        shared_yaxes=True,
-    )  # fmt: skip
-    for i, grid in enumerate(maps.values()):
-        figure_.add_heatmap(
-            z=grid["z"],
-            x=[str(n) for n in grid["lengths"]],
-            y=[f"{depth:.0%}" for depth in grid["depths"]],
-            zmin=0, zmax=1, colorscale="Cividis", xgap=2, ygap=2, showscale=i == 0,
-            colorbar={"title": "correct", "len": min(1.0, 1.6 / down), "y": 1, "yanchor": "top", "thickness": 12},
-            hovertemplate="%{x} tokens, depth %{y}: %{z:.2f}<extra></extra>",
-            row=i // across + 1, col=i % across + 1,
-        )  # fmt: skip
-    figure_.update_yaxes(autorange="reversed", type="category")
-    figure_.update_yaxes(title="depth", col=1)
-    figure_.update_xaxes(type="category")
-    figure_.update_xaxes(title="tokens", row=down)
-    figure_.update_annotations(font_size=12)
-    figure_.update_layout(height=90 + 190 * down, margin={"l": 60, "r": 20, "t": 40, "b": 50})
-    return _script({"figure": json.loads(figure_.to_json())})
-
-
-def _script(data: dict[str, Any]) -> str:
-    """JSON that is safe inside a script element."""
-    return json.dumps(data).replace("</", "<\\/").replace("<!--", "<\\!--")
+def _view(rows: list[Row], run: dict[str, Any], problems: Sequence[str]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    dense = next((row for row in rows if row["method"] == "dense"), {})
+    metric = next((row["quality_name"] for row in rows if row.get("quality_name")), None)
+    title = METRICS.get(metric or "", metric)
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    if title:
+        columns.insert(0, ("quality", title.split(" (")[0], title, figure, True))
+    styles = _styles([row["method"] for row in rows])
+    sections = {name: _section(name, style, rows, dense, metric) for name, style in styles.items()}
+    return {
+        "facts": _facts(rows, run, title),
+        "command": run.get("command"),
+        "names": _names(rows, run),
+        "notes": [*run.get("notes", []), *problems],
+        "skipped": run.get("skipped", []),
+        "unfinished": bool(run) and not run.get("finished"),
+        "verdict": _verdict(rows, dense, metric),
+        "keep": percent(KEEP),
+        "measure": title.split(" (")[0] if title else "fidelity",
+        "grain": _grain(rows, metric),
+        "columns": [{"key": key, "name": name, "help": text} for key, name, text, _, _ in columns],
+        "lines": [_line(i, row, dense, columns, sections[row["method"]]) for i, row in enumerate(rows)],
+        "heat": heat_maps(rows),
+        "sections": list(sections.values()),
+        "plot": _plot(rows, styles, metric),
+    }
 
 
-def _line(row: dict[str, Any], dense: dict[str, Any] | None, colours: dict[str, str]) -> dict[str, Any]:
-    """One line of the main table: texts, ratios to dense, and the numbers to sort by."""
+def _names(rows: list[Row], run: dict[str, Any]) -> dict[str, str]:
+    """Short names of model and task: a path is shown by its last part."""
+    model = str((run.get("model") or {}).get("id") or "model")
+    task = str((run.get("task") or {}).get("name") or rows[0]["task"])
+    return {"model": PurePath(model).name or model, "task": PurePath(task).name or task}
+
+
+def _styles(names: Sequence[str]) -> dict[str, str]:
+    """A style per method; the reference and the random baseline are neutral, so that the colours go to the methods."""
+    styles: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        used = sum(style.isdecimal() for style in styles.values())
+        styles[name] = name if name in ("dense", "random") else str(used % STYLES)
+    return styles
+
+
+def _line(number: int, row: Row, dense: Row, columns: Sequence[Column], section: dict[str, Any]) -> dict[str, Any]:
+    """A row of the main table: for each column the text, the ratio to dense, and the number to sort by."""
     cells = []
-    for key, _, show in COLUMNS:
+    for key, _, _, show, beside in columns:
         value = row.get(key)
-        beside = ratio(value, dense.get(key)) if dense and row is not dense and key not in ("kl", "dropped_mass", "fidelity") else ""
-        cells.append({"text": show(value), "beside": beside, "sort": value if value is not None else -1})
-    quality = row["quality"] if row.get("quality") is not None else row.get("fidelity")
+        share = ratio(value, dense.get(key)) if beside and row is not dense else ""
+        cells.append({"key": key, "text": show(value), "ratio": share, "sort": value})
+    return {"number": number, "section": section, "budget": row.get("budget", ""), "cells": cells}
+
+
+def _facts(rows: list[Row], run: dict[str, Any], title: str | None) -> list[tuple[str, str]]:
+    """What was run on what, as pairs of a word and a line; only what is known."""
+    model, task, machine = run.get("model") or {}, run.get("task") or {}, run.get("machine") or {}
+    parameters = f"{model['parameters']:,} parameters" if model.get("parameters") else None
+    memory = f"{size(machine['memory'])} memory" if machine.get("memory") else None
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}" if machine.get("threads") else None
+    python = f"Python {machine['python']}" if machine.get("python") else None
+    count = task.get("examples") or rows[0].get("examples")
+    examples = f"{count} example{'s' * (count != 1)}" if count else None
+    asked = {"seen": "question seen in prefill", "after": "question after prefill"}.get(str(run.get("question")))
+    facts = (
+        ("Model", (model.get("id"), model.get("architecture"), parameters, model.get("dtype"))),
+        ("Task", (task.get("name") or rows[0]["task"], examples, title, asked)),
+        ("Machine", (machine.get("device"), memory, threads, machine.get("system"), python)),
+        ("Versions", tuple(f"{name} {version}" for name, version in (run.get("versions") or {}).items())),
+        ("Run", (f"seed {run['seed']}" if "seed" in run else None, rows[0]["run"], *_times(run))),
+    )
+    return [(word, ", ".join(str(part) for part in parts if part)) for word, parts in facts if any(parts)]
+
+
+def _times(run: dict[str, Any]) -> list[str]:
+    """When it ran, and how long it took from the first start to the end."""
+    try:
+        start = datetime.datetime.fromisoformat(run["started"])
+    except (KeyError, TypeError, ValueError):
+        return []
+    parts = [start.strftime("%Y-%m-%d %H:%M %Z").strip()]
+    try:
+        took = (datetime.datetime.fromisoformat(run["finished"]) - start).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return [*parts, "not finished"]
+    return [*parts, f"took {took:.0f} s" if took < 120 else f"took {took / 60:.1f} min"]
+
+
+def _verdict(rows: list[Row], dense: Row, metric: str | None) -> list[dict[str, Any]] | None:
+    """The cheapest recipe that keeps the dense quality, by each cost; None where there is nothing to compare."""
+    if not dense or len(rows) == 1:
+        return None
+
+    def good(row: Row) -> bool:
+        if dense.get("quality") is None:
+            return (row.get("fidelity") or 0) >= KEEP
+        if row.get("quality") is None:
+            return False
+        if metric == "perplexity":
+            return dense["quality"] >= KEEP * row["quality"]
+        return row["quality"] >= KEEP * dense["quality"]
+
+    choices = []
+    for key, title, show in CHOICES:
+        able = [row for row in rows if row.get(key) is not None and good(row)]
+        best = min(able, key=lambda row: row[key], default=dense)
+        texts = {"text": show(best.get(key)), "dense": show(dense.get(key)), "ratio": ratio(best.get(key), dense.get(key))}
+        choices.append({"title": title, "best": None if best is dense else best, **texts})
+    return choices
+
+
+def _grain(rows: list[Row], metric: str | None) -> str | None:
+    """How much one example weighs, so that nobody reads more out of a small run than it says."""
+    examples = rows[0].get("examples")
+    if not examples or metric in (None, "perplexity", "rouge_l"):
+        return None
+    return f"With {examples} examples, one more or less right is {100 / examples:.1f} points."
+
+
+def _plot(rows: list[Row], styles: dict[str, str], metric: str | None) -> dict[str, Any]:
+    """The data of the Pareto plot: axes that have values, and the points of every method."""
+    ys = [("quality", METRICS.get(metric, metric), metric != "perplexity", metric == "perplexity")] if metric else []
+    ys.append(("fidelity", FIDELITY, True, False))
+    keys = [*(key for key, *_ in COSTS), *(key for key, *_ in ys)]
+
+    def known(key: str) -> bool:
+        return any(row.get(key) is not None for row in rows)
+
+    def point(number: int, row: Row) -> dict[str, Any]:
+        return {"number": number, "budget": row.get("budget", ""), **{key: row.get(key) for key in keys}}
+
     return {
-        "method": row["method"], "budget": row["budget"], "recipe": row["recipe"], "colour": colours.get(row["method"], "currentColor"),
-        "quality": figure(quality), "sort": quality if quality is not None else -1, "cells": cells,
-    }  # fmt: skip
+        "x": [{"key": key, "name": name, "title": title, "format": form} for key, name, title, form in COSTS if known(key)],
+        "y": [
+            {"key": key, "name": title.split(" (")[0], "title": title, "share": share, "lower": lower}
+            for key, title, share, lower in ys
+            if known(key)
+        ],
+        "methods": [
+            {
+                "name": name,
+                "style": style,
+                "points": [point(i, row) for i, row in enumerate(rows) if row["method"] == name],
+            }
+            for name, style in styles.items()
+        ],
+    }
 
 
-def _section(name: str, rows: list[dict[str, Any]], colours: dict[str, str]) -> dict[str, Any]:
-    """What is said about one method: from its class, and an answer that it got right and one that it got wrong."""
-    from laconic import methods
-
+def _section(name: str, style: str, rows: list[Row], dense: Row, metric: str | None) -> dict[str, Any]:
+    """All about one method: catalogue entries of its parts, its rows, and two of its answers."""
     own = [row for row in rows if row["method"] == name]
-    entry = next((item for item in methods() if item["id"] == name), None)
-    answers = [(row["recipe"], cell) for row in own for cell in row.get("cells", []) if cell.get("correct") is not None]
-    if entry:
-        entry["summary"] = entry["summary"].replace("`", "")
-    right = next(((recipe, cell) for recipe, cell in answers if cell["correct"] >= 1), None)
-    wrong = next(((recipe, cell) for recipe, cell in answers if cell["correct"] < 1), None)
     return {
-        "name": name, "colour": colours.get(name, "currentColor"), "entry": entry, "rows": own,
-        "right": right, "wrong": wrong, "figure": figure, "size": size, "seconds": seconds,
-    }  # fmt: skip
+        "name": name,
+        "style": style,
+        "anchor": f"method-{rows.index(own[0])}",
+        "entries": _entries(name),
+        "guarantee": own[0].get("guarantee"),
+        "answers": pick_answers(own, dense, metric),
+        "answered": sum(len(row.get("cells") or []) for row in own),
+    }
+
+
+def _entries(name: str) -> list[dict[str, Any]]:
+    """Catalogue entries of a recipe's methods; none for a method that is not installed here."""
+    import laconic
+
+    try:
+        catalogue = {entry["id"]: entry for entry in laconic.methods()}
+    except LaconicError:  # a broken plug-in does not keep the page from being written
+        return []
+    parts = re.split(r"\+(?![^()]*\))", name)
+    ids = dict.fromkeys(re.split(r"[(:]", part)[0].strip() for part in parts)
+    return [catalogue[i] for i in ids if i in catalogue]

@@ -67,9 +67,7 @@ def _read_lines(path: Path) -> list[bytes]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise LaconicError(
-            f"The task file {path} cannot be read ({error.strerror or error}): check the path."
-        ) from error
+        raise LaconicError(f"The task file {path} cannot be read ({error.strerror or error}): check the path.") from error
     return data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
 
 

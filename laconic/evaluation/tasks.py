@@ -84,21 +84,17 @@ def _unknown(name: str) -> str:
     return f"There is no task {quote(name)}: {hint}"
 
 
-def _perplexity(
-    name: str, path: str | None, tokenizer: Any, lengths: Sequence[int], samples: int | None, seed: int
-) -> Task:
+def _perplexity(name: str, path: str | None, tokenizer: Any, lengths: Sequence[int], samples: int | None, seed: int) -> Task:
     """Stretches of a text of the wanted lengths; the tokens after the middle of each are scored, given the rest."""
     text = (reference_text() if path is None else read_text(path)).strip()
     # Only of a text that may be too short all tokens are counted: books are long.
-    sample = text if len(text) < CHARACTERS * max(lengths) else text[: CHARACTERS * min(lengths)]
+    sample = text if len(text) < CHARACTERS * max(lengths) else text[:8000]
     total = counted = count_tokens(tokenizer, sample)
     if len(sample) < len(text):
         total = LONGEST
     if total < SHORTEST:
         raise LaconicError(f"The text file {path} has {total} tokens: perplexity needs at least {SHORTEST}.")
-    problems = [
-        f"The text has {total} tokens, so the length {length} became {total}." for length in lengths if length > total
-    ]
+    problems = [f"The text has {total} tokens, so the length {length} became {total}." for length in lengths if length > total]
     grid = [{"length": length} for length in dict.fromkeys(min(length, total) for length in lengths)]
     cells = retrieval.spread(grid, samples if samples is not None else TEXTS_PER_LENGTH * len(grid))
     examples = []
@@ -119,10 +115,10 @@ def _stretch(tokenizer: Any, text: str, length: int, per_token: float, rng: rand
     if start:
         start = text.find(" ", start) + 1
     best, miss = "", length + 1
-    for _ in range(TRIES):
+    for trial in range(TRIES):
         start = max(0, min(start, len(text) - int(size)))
         stop = start + math.ceil(size)
-        if stop < len(text):
+        if stop < len(text) and trial < TRIES // 2:  # later a giant word, such as a ruler, is cut
             stop = max(text.rfind(" ", start, stop), start + 1)
         stretch = text[start:stop].strip()
         count = count_tokens(tokenizer, stretch)

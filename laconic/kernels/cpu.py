@@ -16,6 +16,7 @@ from laconic.kernels.parts import combine, factors
 
 BLOCK = 64  # keys whose logits are held at a time
 CHUNK = 1024  # keys per task of the vote
+THREAD_BYTES = 2 << 20  # what a thread has to read to be worth waking: below this, waking takes longer than reading
 NEGATIVE = np.float32(-np.inf)
 _OPTIONS = {"fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}, "nogil": True, "cache": True}
 
@@ -235,11 +236,19 @@ def _starts(starts: torch.Tensor | None, batch: int, kv_heads: int) -> np.ndarra
     return np.ascontiguousarray(starts.expand(batch, kv_heads).numpy())
 
 
+def use_threads(size: int) -> int:
+    """Lets the kernels that follow use as many threads as ``size`` bytes to read are worth; returns how many."""
+    count = min(nb.config.NUMBA_NUM_THREADS, torch.get_num_threads(), max(1, size // THREAD_BYTES))
+    nb.set_num_threads(count)
+    return count
+
+
 def _run(query, keys, values, index, starts, n, scale, softcap):
     batch, kv_heads = keys.shape[:2]
     grouped = _grouped(query, kv_heads)
+    threads = use_threads(batch * kv_heads * n * (keys.shape[-1] + values.shape[-1]) * keys.element_size())
     tasks = batch * kv_heads
-    splits = max(1, min(-(-4 * nb.get_num_threads() // tasks), n // 512))
+    splits = max(1, min(-(-4 * threads // tasks), n // 512))
     flat_keys, key_strides = _flat(keys.detach())
     flat_values, value_strides = _flat(values.detach())
     output = np.empty((*grouped.shape[:2], splits, grouped.shape[2], values.shape[-1]), np.float32)
@@ -274,6 +283,7 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
     sums = np.zeros_like(tops)
     first = _starts(starts, batch, kv_heads)
     flat, strides = _flat(keys.detach())
+    use_threads(keys.numel() * keys.element_size())
     _vote_chunks(grouped, flat, strides, first, stop, np.float32(scale), weights, tops, sums)
     return tally(weights[:, :, :group], tops[:, :, :group], sums[:, :, :group], first, stop, over)
 

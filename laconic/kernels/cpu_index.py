@@ -77,7 +77,7 @@ def _tile(keys, query, output):
 
 @nb.njit(parallel=True, nogil=True, cache=True)
 def _vote_chunks(query, query_scales, data, scales, starts, stop, weights, tops, sums):
-    """As ``cpu._vote_chunks``, from bytes: query int8 (batch, kv_heads, group, d) with a factor each, (batch, kv_heads, group)."""
+    """As ``cpu._vote_chunks``, from bytes: query int8 (batch, kv_heads, group, d) with a factor each (batch, kv_heads, group)."""
     batch, kv_heads, group, _ = query.shape
     chunks = tops.shape[3]
     for job in nb.prange(batch * kv_heads * chunks):
@@ -115,6 +115,7 @@ def vote(query: torch.Tensor, index: KeyIndex, *, scale: float, starts=None, sto
     tops = np.full((*codes.shape[:3], chunks), cpu.NEGATIVE, np.float32)
     sums = np.zeros_like(tops)
     first = cpu._starts(starts, batch, kv_heads)
+    cpu.use_threads(index.bytes)
     _vote_chunks(
         codes, (steps * scale).numpy(), index.data.numpy(), index.scales.numpy(), first, stop, weights, tops, sums
     )

@@ -157,9 +157,7 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> PretrainedC
     masked = bool(kinds) and all(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or masked or getattr(config, "is_encoder_decoder", False):
         found = kinds[0] if kinds else config.model_type
-        raise LaconicError(
-            f"{name} is not a causal language model ({found}): give one that writes text, such as a Llama."
-        )
+        raise LaconicError(f"{name} is not a causal language model ({found}): give one that writes text, such as a Llama.")
     return config
 
 

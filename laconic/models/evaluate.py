@@ -41,8 +41,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
 def accuracy(model: Any, tokenizer: Any, task: Task) -> float:
     """Mean score 0..1 of the examples."""
     scores = [
-        score(task.metric, answer(model, tokenizer, e.prompt, e.max_new_tokens), e.answer, e.choices)
-        for e in task.examples
+        score(task.metric, answer(model, tokenizer, e.prompt, e.max_new_tokens), e.answer, e.choices) for e in task.examples
     ]
     return sum(scores) / len(scores)
 

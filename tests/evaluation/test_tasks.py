@@ -40,9 +40,7 @@ def make_tokenizer(kind: str):
     if kind == "bos":  # words carry a mark in front, as in SentencePiece
         core.pre_tokenizer = pre_tokenizers.Metaspace()
     alphabet = sorted(set(reference_text()) | set("\u2581")) if kind == "bos" else pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator([text], trainer)
     if kind == "bos":
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -223,9 +221,7 @@ def test_place_prefers_the_ends_of_sentences() -> None:
     sizes = [1] * 1000
     assert place(words, sizes, [(0.505, " FACT")]).split("w499.")[1].startswith(" FACT w500")
     assert place(words, sizes, [(0.52, " FACT")]).split("w519")[1].startswith(" FACT w520")
-    assert place(words, sizes, [(1.0, " B"), (0.0, " A")]).startswith(" A w0") and place(words, sizes, []).startswith(
-        "w0"
-    )
+    assert place(words, sizes, [(1.0, " B"), (0.0, " A")]).startswith(" A w0") and place(words, sizes, []).startswith("w0")
 
 
 def test_too_short_a_prompt_is_refused(tokenizer) -> None:

@@ -86,7 +86,7 @@ function traces(methods, best, show) {
 function draw() {
   const methods = points(), all = methods.flatMap((method) => method.points), best = front(all);
   const share = chosen.y.share, show = { x: FORMATS[chosen.x.format], y: FORMATS[share ? "percent" : "plain"] };
-  const yaxis = scaleOf(all.map((point) => point[chosen.y.key]), show.y, chosen.y.title, 0.08);
+  const yaxis = scaleOf(all.map((point) => point[chosen.y.key]), show.y, narrow.matches ? chosen.y.name : chosen.y.title, 0.08);
   if (share) Object.assign(yaxis, { type: "linear", range: [-0.04, 1.06], tickvals: [0, 0.2, 0.4, 0.6, 0.8, 1], ticktext: ["0 %", "20 %", "40 %", "60 %", "80 %", "100 %"] });
   if (chosen.y.lower) yaxis.range.reverse();
   const dense = methods.find((method) => method.style === "dense");
