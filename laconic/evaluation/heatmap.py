@@ -18,10 +18,10 @@ def heat_maps(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         reference's map. A map has ``mean`` and ``lines``, a line per place of cells ``{share, right, count}`` or None.
     """
     metas = [cell.get("meta") or {} for row in rows for cell in row.get("cells") or [] if _judged(cell)]
-    axis = next((name for name in AXES if any(name in meta and "length" in meta for meta in metas)), None)
+    axis = next((name for name in AXES if any(_has(meta, name) for meta in metas)), None)
     if axis is None:
         return None
-    metas = [meta for meta in metas if axis in meta and "length" in meta]
+    metas = [meta for meta in metas if _has(meta, axis)]
     lengths = sorted({meta["length"] for meta in metas})
     places = list(dict.fromkeys(meta[axis] for meta in metas))
     places = sorted(places) if axis == "depth" else places
@@ -38,6 +38,12 @@ def heat_maps(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
+def _has(meta: dict[str, Any], axis: str) -> bool:
+    """Whether an example has its place on a map; a task file may call anything depth or length."""
+    kind = (int, float) if axis == "depth" else str
+    return isinstance(meta.get(axis), kind) and isinstance(meta.get("length"), (int, float))
+
+
 def _judged(cell: dict[str, Any]) -> bool:
     return cell.get("correct") is not None
 
@@ -46,7 +52,7 @@ def _map(row: dict[str, Any], axis: str, places: Sequence[Any], lengths: Sequenc
     found: dict[tuple[Any, Any], list[float]] = defaultdict(list)
     for cell in filter(_judged, row.get("cells") or []):
         meta = cell.get("meta") or {}
-        if axis in meta and "length" in meta:
+        if _has(meta, axis):
             found[meta[axis], meta["length"]].append(float(cell["correct"]))
     if not found:
         return None

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 PAGE = "index.html"
 KEEP = 0.99  # a recipe is recommended when it keeps this share of the dense quality
-STYLES = 8  # colours and symbols in the style sheet and the script
+STYLES = 8  # colours in the style sheet; the script tells more methods apart by symbols
 
 METRICS = {
     "exact": "accuracy (the answer equals)",
@@ -56,12 +56,13 @@ CHOICES = (
     ("bytes_kept", "Smallest cache", size),
     ("decode_s", "Fastest decoding", seconds),
 )
+UNREAD = "attention mass on cached tokens that a step did not read, longest example; forgotten tokens are not in it"
 Column = tuple[str, str, str, Callable[[float | None], str], bool]
 # key, heading, meaning, format, whether the ratio to dense stands beside it
 COLUMNS: tuple[Column, ...] = (
     ("fidelity", "fidelity", "share of steps with the same most likely token as dense", figure, False),
     ("kl", "KL", "divergence from the dense next-token distribution, nats, mean over steps", figure, False),
-    ("dropped_mass", "mass lost", "attention mass on tokens that were not read, longest example", figure, False),
+    ("dropped_mass", "unread mass", UNREAD, figure, False),
     ("kept_share", "kept", "tokens attended to, share of all seen", percent, False),
     ("bytes_kept", "cache", "bytes of keys and values that stay in memory", size, True),
     ("bytes_read", "read/step", "bytes read per decode step", size, True),
@@ -112,7 +113,7 @@ def render(rows: Sequence[Row], run: dict[str, Any], problems: Sequence[str] = (
 
     template = environment.get_template("report.html.j2")
     # A method whose name is missing is known by its recipe.
-    named = [{**row, "method": row.get("method") or row["recipe"]} for row in rows]
+    named = [{**row, "method": str(row.get("method") or row["recipe"])} for row in rows]
     view = _view(named, run, problems)
     return template.render(**view, style=asset("report.css"), script=asset("report.js"), plotly=Markup(get_plotlyjs()))
 
@@ -173,7 +174,7 @@ def _styles(names: Sequence[str]) -> dict[str, str]:
     styles: dict[str, str] = {}
     for name in dict.fromkeys(names):
         used = sum(style.isdecimal() for style in styles.values())
-        styles[name] = name if name in ("dense", "random") else str(used % STYLES)
+        styles[name] = name if name in ("dense", "random") else str(used)
     return styles
 
 
@@ -287,7 +288,7 @@ def _section(name: str, style: str, rows: list[Row], dense: Row, metric: str | N
     own = [row for row in rows if row["method"] == name]
     return {
         "name": name,
-        "style": style,
+        "style": str(int(style) % STYLES) if style.isdecimal() else style,
         "anchor": f"method-{rows.index(own[0])}",
         "entries": _entries(name),
         "guarantee": own[0].get("guarantee"),

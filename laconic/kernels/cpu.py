@@ -6,15 +6,16 @@ SIMD; a strided view of four dimensions is not.
 
 from __future__ import annotations
 
+import llvmlite.ir as ir
 import numba as nb
 import numpy as np
 import torch
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from laconic.kernels.parts import combine, factors
 
-BLOCK = 64  # keys whose logits are held at a time
+BLOCK = 32  # keys whose logits are held at a time
 CHUNK = 1024  # keys per task of the vote
 THREAD_BYTES = 2 << 20  # what a thread has to read to be worth waking: below this, waking takes longer than reading
 NEGATIVE = np.float32(-np.inf)
@@ -47,6 +48,20 @@ def _power_of_two(context, exponent):
         return builder.bitcast(bits, context.get_value_type(types.float32))
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def _prefetch(context, address):
+    """Asks for the cache line at ``address`` (int64) and does not wait for it."""
+
+    def generate(context, builder, signature, args):
+        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], pointer), word(0), word(3), word(1)])  # read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @nb.njit(inline="always", **_OPTIONS)
@@ -96,6 +111,35 @@ def _four_sums(weights, head, column, row, output):
 
 
 @nb.njit(**_OPTIONS)
+def _rescale(logits, state, output, softcap):
+    """Logits become exp(logit - maximum so far); the running state and output move to that maximum."""
+    if softcap > 0:
+        for j in range(logits.shape[0]):
+            logits[j] = softcap * np.tanh(logits[j] / softcap)
+    top = state[0]
+    for j in range(logits.shape[0]):
+        top = max(top, logits[j])
+    if logits.shape[0] and top > state[0]:
+        shrink = np.float32(np.exp(state[0] - top)) if state[1] > 0 else np.float32(0.0)
+        state[0], state[1] = top, state[1] * shrink
+        for i in range(output.shape[0]):
+            output[i] *= shrink
+    total = np.float32(0.0)
+    for j in range(logits.shape[0]):
+        logits[j] = _exp(logits[j] - top)
+        total += logits[j]
+    state[1] += total
+
+
+@nb.njit(**_OPTIONS)
+def _fetch(array, begin, count):
+    """Starts to load elements begin..begin+count-1: rows lie too far apart for the processor to guess the next."""
+    line = np.int64(array.ctypes.data) + begin * array.itemsize
+    for offset in range(0, count * array.itemsize, 64):
+        _prefetch(line + offset)
+
+
+@nb.njit(**_OPTIONS)
 def _part(query, keys, values, key_stride, value_stride, index, begin, end, scale, softcap, output, state):
     """Attention of ``query`` (group, d) over rows ``begin..end-1`` (or index[begin..end-1]) of flat keys and values.
 
@@ -119,27 +163,15 @@ def _part(query, keys, values, key_stride, value_stride, index, begin, end, scal
                 count += 1
         for j in range(count):
             source = keys[rows[j] * key_stride : rows[j] * key_stride + dim]
+            _fetch(values, rows[j] * value_stride, value_dim)
             for g in range(0, group, 4):
                 _four_logits(query, g, source, scale, logits, j)
         for g in range(group):
-            if softcap > 0:
-                for j in range(count):
-                    logits[g, j] = softcap * np.tanh(logits[g, j] / softcap)
-            top = state[g, 0]
-            for j in range(count):
-                top = max(top, logits[g, j])
-            if count and top > state[g, 0]:
-                shrink = np.float32(np.exp(state[g, 0] - top)) if state[g, 1] > 0 else np.float32(0.0)
-                state[g, 0], state[g, 1] = top, state[g, 1] * shrink
-                for i in range(value_dim):
-                    output[g, i] *= shrink
-            total = np.float32(0.0)
-            for j in range(count):
-                logits[g, j] = _exp(logits[g, j] - top)
-                total += logits[g, j]
-            state[g, 1] += total
+            _rescale(logits[g, :count], state[g], output[g], softcap)
         for j in range(count):
             source = values[rows[j] * value_stride : rows[j] * value_stride + value_dim]
+            if at + j < end:
+                _fetch(keys, max(at + j if index.shape[0] == 0 else index[at + j], 0) * key_stride, dim)
             for g in range(0, group, 4):
                 _four_sums(logits, g, j, source, output)
 
@@ -180,20 +212,26 @@ def _vote_chunks(query, keys, strides, starts, stop, scale, weights, tops, sums)
             for g in range(0, group, 4):
                 _four_logits(query[b, h], g, source, scale, weights[b, h], j)
         for g in range(group):
-            _soften(weights[b, h, g], begin, end, tops[b, h, g], sums[b, h, g], chunk)
+            _soften(weights[b, h, g, begin:end], tops[b, h, g], sums[b, h, g], chunk)
 
 
 @nb.njit(**_OPTIONS)
-def _soften(logits, begin, end, tops, sums, chunk):
-    """Logits begin..end-1 become exp(logit - top); the top and the sum of the chunk are noted."""
+def _soften(logits, tops, sums, chunk):
+    """Logits become exp(logit - top); the top and the sum of the chunk are noted."""
     top = NEGATIVE
-    for j in range(begin, end):
+    for j in range(logits.shape[0]):
         top = max(top, logits[j])
     total = np.float32(0.0)
-    for j in range(begin, end):
+    for j in range(logits.shape[0]):
         logits[j] = _exp(logits[j] - top)
         total += logits[j]
     tops[chunk], sums[chunk] = top, total
+
+
+@nb.njit(**_OPTIONS)
+def _add(weights, factor, votes):
+    for j in range(votes.shape[0]):
+        votes[j] += weights[j] * factor
 
 
 @nb.njit(parallel=True, **_OPTIONS)
@@ -208,9 +246,7 @@ def _gather_votes(weights, factors, starts, stop, votes):
         for h in range(o, o + 1 if outputs > 1 else kv_heads):
             begin, end = max(chunk * CHUNK, starts[b, h]), min((chunk + 1) * CHUNK, stop)
             for g in range(group):
-                factor = factors[b, h, g, chunk]
-                for j in range(begin, end):
-                    votes[b, o, j] += weights[b, h, g, j] * factor
+                _add(weights[b, h, g, begin:end], factors[b, h, g, chunk], votes[b, o, begin:end])
 
 
 def _flat(tensor: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,13 @@ def _tile(keys, query, output):
         _tile_plain(keys, query, output)
 
 
+@nb.njit(nogil=True, cache=True)
+def _logits(products, offset, factor, scales, row):
+    """row = (product - offset) * scales * factor: a loop over a slice from 0 becomes SIMD, one from ``first`` does not."""
+    for j in range(row.shape[0]):
+        row[j] = np.float32(products[j] - offset) * (scales[j] * factor)
+
+
 @nb.njit(parallel=True, nogil=True, cache=True)
 def _vote_chunks(query, query_scales, data, scales, starts, stop, weights, tops, sums):
     """As ``cpu._vote_chunks``, from bytes: query int8 (batch, kv_heads, group, d) with a factor each (batch, kv_heads, group)."""
@@ -94,13 +101,14 @@ def _vote_chunks(query, query_scales, data, scales, starts, stop, weights, tops,
             for tile in range(begin // TILE, (end + TILE - 1) // TILE):
                 _tile(data[b, h, tile], query[b, h, g : g + HEADS], products)
                 first, last = max(begin, tile * TILE), min(end, (tile + 1) * TILE)
+                lanes = slice(first - tile * TILE, last - tile * TILE)
                 for i in range(HEADS):
-                    factor = query_scales[b, h, g + i]
-                    row = weights[b, h, g + i]
-                    for j in range(first, last):
-                        row[j] = np.float32(products[i, j - tile * TILE] - offsets[i]) * (scales[b, h, j] * factor)
+                    _logits(
+                        products[i, lanes], offsets[i], query_scales[b, h, g + i], scales[b, h, first:last],
+                        weights[b, h, g + i, first:last],
+                    )  # fmt: skip
         for g in range(group):
-            cpu._soften(weights[b, h, g], begin, end, tops[b, h, g], sums[b, h, g], chunk)
+            cpu._soften(weights[b, h, g, begin:end], tops[b, h, g], sums[b, h, g], chunk)
 
 
 def vote(query: torch.Tensor, index: KeyIndex, *, scale: float, starts=None, stop=None, over="layer") -> torch.Tensor:

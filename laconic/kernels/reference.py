@@ -62,7 +62,7 @@ def topk(scores, k):
     return chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
 
 
-def column_sums(query, keys, *, scale, starts=None, window=None, rows=256):
+def column_sums(query, keys, *, scale, starts=None, window=None, rows=128):
     batch, heads, count, dim = query.shape
     kv_heads, n = keys.shape[1:3]
     grouped = query.view(batch, kv_heads, heads // kv_heads, count, dim)

@@ -96,20 +96,21 @@ def test_the_verdict_is_the_cheapest_that_keeps_the_dense_quality(quick, tmp_pat
     assert "Fewest bytes read per step tokenselect:5% 2.14 MB, dense 12.6 MB ×0.17" in text
     assert "Smallest cache dense no method here is cheaper and as good" in text  # tokenselect forgets nothing
 
-    def choice(rows: list[dict]) -> str | None:
-        dense, name = rows[0], rows[0]["quality_name"]
-        best = report._verdict(rows, dense, name)[0]["best"]
-        return best and best["recipe"]
 
-    base = {"method": "m", "bytes_read": 5, "bytes_kept": 5, "decode_s": 1.0, "fidelity": 0.5}
-    dense = {**base, "method": "dense", "bytes_read": 10, "fidelity": 1.0}
-    accuracy = [{**dense, "quality": 0.9, "quality_name": "exact"}]
-    assert choice([*accuracy, {**base, "recipe": "a", "quality": 0.8911}, {**base, "recipe": "b", "quality": 0.88, "bytes_read": 1}]) == "a"
-    perplexity = [{**dense, "quality": 10.0, "quality_name": "perplexity"}]
-    assert choice([*perplexity, {**base, "recipe": "a", "quality": 10.05}, {**base, "recipe": "b", "quality": 99, "bytes_read": 1}]) == "a"
-    unlabelled = [{**dense, "quality": None, "quality_name": None}]
-    assert choice([*unlabelled, {**base, "recipe": "a", "quality": None, "fidelity": 0.995}, {**base, "recipe": "b", "fidelity": 0.98, "bytes_read": 1}]) == "a"
-    assert choice([*unlabelled, {**base, "recipe": "b", "fidelity": 0.98}]) is None
+BASE = {"method": "m", "bytes_read": 5, "bytes_kept": 5, "decode_s": 1.0}
+CHEAP = {**BASE, "bytes_read": 1}
+
+
+@pytest.mark.parametrize(
+    ("measure", "name", "dense", "good", "bad"),
+    [("quality", "exact", 0.9, 0.8911, 0.88), ("quality", "perplexity", 10.0, 10.05, 99.0), ("fidelity", None, 1.0, 0.995, 0.98)],
+)
+def test_good_enough_follows_the_measure(measure: str, name: str | None, dense: float, good: float, bad: float) -> None:
+    reference = {**BASE, "method": "dense", "bytes_read": 10, "fidelity": 1.0, "quality": None, measure: dense}
+    near, far = {**BASE, measure: good}, {**CHEAP, measure: bad}
+    assert report._verdict([reference, near, far], reference, name)[0]["best"] is near
+    assert report._verdict([reference, far], reference, name)[0]["best"] is None
+    assert report._verdict([reference], reference, name) is None
 
 
 # --- partial and unusual results
@@ -180,7 +181,8 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 
 def test_nothing_that_users_or_models_write_becomes_markup(quick, tmp_path: Path) -> None:
     rows = sample.results()[:3]
     for row in rows:
-        row["cells"] = [{**cell, "prediction": EVIL, "answer": EVIL, "meta": {**cell["meta"], "note": EVIL}} for cell in row["cells"]]
+        for cell in row["cells"]:
+            cell |= {"prediction": EVIL, "answer": EVIL, "meta": {**cell["meta"], "note": EVIL}}
     rows[1] |= {"method": EVIL, "budget": EVIL, "recipe": EVIL, "guarantee": EVIL}
     run = {**sample.header(), "command": EVIL, "notes": [EVIL], "skipped": [{"recipe": EVIL, "reason": EVIL}]}
     run |= {"model": {"id": EVIL, "architecture": EVIL}, "task": {"name": EVIL}, "versions": {EVIL: EVIL}}
@@ -218,6 +220,8 @@ def test_threads_have_their_direction_for_depth_and_other_tasks_no_map() -> None
 
     assert heat_maps(rows({"direction": "backward", "length": 1024}))["places"] == ["backward"]
     assert heat_maps(rows({"length": 1024})) is heat_maps(rows({"line": 3})) is heat_maps([{"method": "a"}]) is None
+    for odd in ("deep", None, [1], {}):
+        assert heat_maps(rows({"depth": odd, "length": 1024})) is heat_maps(rows({"depth": 0.5, "length": odd})) is None
 
 
 def test_answers_come_from_the_smallest_budget_beside_the_dense_answer() -> None:
@@ -243,7 +247,7 @@ def test_percent(share: float | None, text: str) -> None:
 
 
 def test_no_results_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(LaconicError, match="There are no results in .*: run laconic compare"):
+    with pytest.raises(LaconicError, match=r"There are no results in .*: run laconic compare"):
         report.write_report(tmp_path)
 
 
@@ -281,12 +285,23 @@ window.addEventListener("load", () => {
 </script></body>"""
 
 
+NARROW = """<iframe src="index.html" style="width: 390px; height: 900px"></iframe><pre id="told"></pre><script>
+window.addEventListener("load", () => setTimeout(() => {
+  const inner = document.querySelector("iframe").contentDocument;
+  const plot = inner.querySelector("#plot svg.main-svg").getBoundingClientRect();
+  const name = inner.querySelector("#table tbody th").getBoundingClientRect();
+  const told = { page: inner.documentElement.scrollWidth, plot: plot.right, name: name.width };
+  document.getElementById("told").textContent = JSON.stringify(told);
+}, 1000));
+</script>"""
+
+
 def browse(page: Path, profile: Path) -> tuple[str, str]:
     """The document after its scripts have run, and what the browser logged."""
     flags = (
         "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=10000",
-        "--window-size=1280,1600",
+        "--window-size=1280,1600", "--allow-file-access-from-files",
     )  # fmt: skip
     command = [BROWSER, *flags, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
@@ -337,3 +352,23 @@ def test_a_browser_shows_perplexity_and_names_that_look_like_markup(tmp_path: Pa
     page = report.write_report(sample.write_results(tmp_path / "report", rows))
     told, log = told_by(page, tmp_path / "profile")
     assert log == "" and told["requests"] == [] and told["titles"][1] == "perplexity (lower is better)"
+
+
+@needs_browser
+def test_a_phone_can_show_it(tmp_path: Path) -> None:
+    rows = sample.results()
+    for row in rows[-4:]:
+        row["method"] = "snapkv(kernel=5, window=64):20% + tokenselect(refresh=0.8, per_head=True)"
+    report.write_report(sample.write_results(tmp_path, rows))
+    frame = tmp_path / "frame.html"
+    frame.write_text(NARROW, encoding="utf-8")
+    document, log = browse(frame, tmp_path / "profile")
+    told = json.loads(unescape(re.search(r'<pre id="told">(.*?)</pre>', document, re.S)[1]))
+    assert log == "" and told["page"] <= 390 and told["plot"] <= 390 and told["name"] >= 90
+
+
+def test_more_methods_than_colours_stay_apart(quick, tmp_path: Path) -> None:
+    rows = [{**sample.results()[1], "method": f"m{i}", "recipe": f"m{i}"} for i in range(20)]
+    html = page_of(tmp_path, rows)
+    assert [method["style"] for method in plot_of(html)["methods"]] == [str(i) for i in range(20)]
+    assert set(re.findall(r'class="swatch style-(\w+)"', html)) == {str(i) for i in range(8)}

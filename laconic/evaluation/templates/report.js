@@ -66,14 +66,16 @@ function front(all) {
 function traces(methods, best, show) {
   const x = (point) => point[chosen.x.key], y = (point) => point[chosen.y.key];
   const lines = methods.map((method) => {
-    const number = Number(method.style), known = !Number.isNaN(number), tint = color(known ? `m${number}` : method.style);
+    const number = Number(method.style), known = !Number.isNaN(number), tint = color(known ? `m${number % 8}` : method.style);
+    const symbol = SYMBOLS[(number + Math.floor(number / 8)) % 8]; // the ninth method has the first colour, but not its symbol
+    const short = method.name.length > 28 ? `${method.name.slice(0, 27)}…` : method.name;
     return {
-      name: escape(method.name), x: method.points.map(x), y: method.points.map(y), mode: "lines+markers",
+      name: escape(short), x: method.points.map(x), y: method.points.map(y), mode: "lines+markers",
       text: method.points.map((point) => escape(point.budget)),
       customdata: method.points.map((point) => [show.x(x(point)), show.y(y(point))]),
       hovertemplate: `<b>${escape(method.name)}</b> %{text}<br>%{customdata[1]}<br>%{customdata[0]}<extra></extra>`,
       line: { color: tint, width: 2, dash: method.style === "random" ? "dot" : "solid" },
-      marker: { color: tint, size: method.style === "dense" ? 15 : 9, symbol: known ? SYMBOLS[number] : method.style === "dense" ? "star" : "x", line: { color: color("paper"), width: 1 } },
+      marker: { color: tint, size: method.style === "dense" ? 15 : 9, symbol: known ? symbol : method.style === "dense" ? "star" : "x", line: { color: color("paper"), width: 1 } },
     };
   });
   const wide = {
@@ -97,7 +99,7 @@ function draw() {
     hoverlabel: { bgcolor: color("panel"), bordercolor: color("line"), font: { color: color("ink") }, align: "left" },
     margin: { l: 60, r: 16, t: 12, b: 56 },
     legend: narrow.matches ? { orientation: "h", x: 0, y: -0.2, yanchor: "top" } : { x: 1.02, y: 1, traceorder: "normal" },
-    shapes: dense ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: dense.points[0][chosen.y.key], y1: dense.points[0][chosen.y.key], line: { color: color("muted"), width: 1, dash: "dash" }, layer: "below" }] : [],
+    shapes: dense ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: dense.points[0][chosen.y.key], y1: dense.points[0][chosen.y.key], line: { color: color("muted"), width: 1.5, dash: "dash" }, layer: "between" }] : [],
   };
   const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]], displayModeBar: narrow.matches ? false : "hover" };
   Plotly.react("plot", traces(methods, best, show), layout, config);
