@@ -1,7 +1,7 @@
 """One cell of a comparison: a method at a budget on the examples of a task, measured against the dense model.
 
-Every example runs the same way. The prompt without its last token is prefilled in one forward (with
-``question="after"`` only the context); the rest of the prompt and every further token are decode steps of one token.
+Every example runs the same way. The prompt is prefilled in one forward, as ``generate`` does it (with ``question="after"``
+only the context, and the rest of the prompt comes token by token); every further token is a decode step of one token.
 Decode steps are *forced* along the dense model's greedy continuation, so that the distributions of both can be compared
 step by step. As long as a method's most likely token is the forced one, its own greedy text is the same; at the first
 difference its own text goes on from a fork of the cache.
@@ -107,37 +107,41 @@ class Runner:
         Where the method's own greedy choice leaves the forced tokens, its own text goes on from a fork of the cache;
         with ``fork=False`` it stops there, and no copy of the cache is made.
         """
-        cache, steps, prefill_s = self._prompt(item)
+        logits, cache, steps, prefill_s = self._prompt(item)
         trace = Trace([], [], [], prefill_s, steps)
-        token, branch = item.ids[-1], None
-        while len(trace.forced) < (item.limit if item.forced is None else len(item.forced)):
-            logits, cache, seconds = self.forward([token], cache)
-            steps.append(seconds)
+        branch = None
+        while True:
             trace.logits.append(logits)
-            if handle is not None:
-                trace.stats.append(handle.stats())
-                trace.masses.append(trace.stats[-1]["dropped_mass"])
             choice = int(logits.argmax())
             token = choice if item.forced is None else item.forced[len(trace.forced)]
             if choice != token and not trace.own and item.example.answer is not None:
                 trace.own, branch = [*trace.forced, choice], fork_cache(cache) if fork else None
             trace.forced.append(token)
+            if len(trace.forced) == (item.limit if item.forced is None else len(item.forced)):
+                break
             if item.forced is None and token in self.stop:
                 break
+            logits, cache, seconds = self.forward([token], cache)
+            steps.append(seconds)
+            if handle is not None:
+                trace.stats.append(handle.stats())
+                trace.masses.append(trace.stats[-1]["dropped_mass"])
+        if handle is not None and not trace.stats:  # an answer of one token has no decode step of its own
+            trace.stats.append(handle.stats())
         if branch is not None:
             self._continue(trace.own, branch, item.limit)
         trace.own = trace.own or trace.forced
         return trace
 
-    def _prompt(self, item: Item) -> tuple[Any, list[float], float]:
-        """The prompt without its last token: the cache, seconds per decode step, seconds of the prefill."""
-        cache, steps, prefill_s = None, [], 0.0
+    def _prompt(self, item: Item) -> tuple[torch.Tensor, Any, list[float], float]:
+        """The prompt: logits after it, the cache, seconds per decode step in it, seconds of the prefill."""
+        logits, cache, steps, prefill_s = None, None, [], 0.0
         if item.prefill:
-            _, cache, prefill_s = self.forward(item.ids[: item.prefill], None)
-        for token in item.ids[item.prefill : -1]:
-            _, cache, seconds = self.forward([token], cache)
+            logits, cache, prefill_s = self.forward(item.ids[: item.prefill], None)
+        for token in item.ids[item.prefill :]:
+            logits, cache, seconds = self.forward([token], cache)
             steps.append(seconds)
-        return cache, steps, prefill_s
+        return logits, cache, steps, prefill_s
 
     def _continue(self, own: list[int], cache: Any, limit: int) -> None:
         """Adds the method's own greedy text; ``own`` ends with a token that is not fed yet."""
@@ -173,7 +177,8 @@ def prepare(
     question: str = "seen",
     max_new_tokens: int | None = None,
 ) -> list[Item]:
-    """Examples as items. ``question="after"`` prefills only the context; the question comes token by token."""
+    """Examples as items. ``question="seen"`` prefills the whole prompt, as ``generate`` does; with ``"after"`` only the context
+    is prefilled and the question comes token by token."""
     items = []
     for number, example in enumerate(examples, 1):
         ids = list(tokenizer(example.prompt)["input_ids"])
@@ -185,7 +190,7 @@ def prepare(
             forced = ids[half : half + limit]
             items.append(Item(example, ids[:half], half - 1, len(forced), forced))
             continue
-        prefill = len(ids) - 1
+        prefill = len(ids)
         if question == "after" and example.question:
             context = list(tokenizer(example.prompt[: -len(example.question)])["input_ids"])
             prefill = min(prefill, _common_prefix(context, ids))
@@ -211,12 +216,14 @@ def judge(runner: Runner, item: Item, trace: Trace, metric: str | None) -> dict[
         raise ValueError("keep_reference comes first")
     dense = item.dense.float().log_softmax(-1)
     example = item.example
+    # What the prefill itself predicts is no merit of the method: it counts only where nothing else was predicted.
+    free = int(item.prefill == len(item.ids) and len(trace.forced) > 1)
     row: dict[str, Any] = {
         "meta": dict(example.meta),
         "tokens": len(item.ids),
         "correct": None,
-        "fidelity": float(metrics.top1(dense, trace.log_probs).float().mean()),
-        "kl": float(metrics.kl(dense, trace.log_probs).mean()),
+        "fidelity": float(metrics.top1(dense, trace.log_probs)[free:].float().mean()),
+        "kl": float(metrics.kl(dense, trace.log_probs)[free:].mean()),
         "prediction": None,
         "answer": example.answer,
     }
@@ -280,7 +287,7 @@ def measure_cell(
 def summarise(items: Sequence[Item], traces: Sequence[Trace], cells: list[dict], metric: str | None) -> dict[str, Any]:
     """The means of a cell's examples."""
     steps = [seconds for trace in traces for seconds in trace.steps_s]
-    seen = [len(item.ids) + len(trace.forced) - 1 for item, trace in zip(items, traces, strict=True)]
+    seen = [len(item.ids) + len(trace.forced) / 2 * (len(trace.forced) > 1) for item, trace in zip(items, traces, strict=True)]
     kept = [_mean([step["kept"] for step in trace.stats]) for trace in traces]
     if metric == "perplexity":
         quality: float | None = math.exp(sum(c["nll"] for c in cells) / sum(c["scored"] for c in cells))

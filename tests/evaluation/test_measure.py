@@ -42,7 +42,7 @@ def test_greedy_run_equals_generate_and_a_full_forward(tiny, runner) -> None:
     assert trace.forced == trace.own == stock[0, len(item.ids) :].tolist()
     full = stock_logits(model, item.ids + trace.forced[:-1], len(trace.forced))
     assert torch.allclose(trace.log_probs, full, atol=1e-4)
-    assert len(trace.steps_s) == len(trace.forced) and trace.prefill_s > 0
+    assert len(trace.steps_s) == len(trace.forced) - 1 and trace.prefill_s > 0  # the prefill predicts the first
 
 
 def test_forced_run_follows_the_given_tokens_and_own_text_is_the_free_one(tiny, runner) -> None:
@@ -72,10 +72,10 @@ def test_question_after_prefills_the_context_only(tiny, runner) -> None:
     (seen,) = measure.prepare([example(prompt, question=" What is it?")], tiny[1])
     (after,) = measure.prepare([example(prompt, question=" What is it?")], tiny[1], question="after")
     (without,) = measure.prepare([example(prompt)], tiny[1], question="after")
-    assert seen.prefill == without.prefill == len(prompt) - 1 and after.prefill == len("Some context.")
+    assert seen.prefill == without.prefill == len(prompt) and after.prefill == len("Some context.")
     first, second = runner.run(seen), runner.run(after)
     assert first.forced == second.forced and torch.allclose(first.log_probs, second.log_probs, atol=1e-4)
-    assert len(second.steps_s) == len(first.steps_s) + len(" What is it?") - 1
+    assert len(second.steps_s) == len(first.steps_s) + len(" What is it?")
 
 
 def test_perplexity_scores_the_second_half_of_the_text(tiny, runner) -> None:
@@ -94,7 +94,7 @@ def test_perplexity_scores_the_second_half_of_the_text(tiny, runner) -> None:
 
 def test_short_prompts(tiny, runner) -> None:
     (item,) = measure.prepare([example("a")], tiny[1])
-    assert item.prefill == 0 and len(runner.run(item).forced) == 6
+    assert item.prefill == 1 and len(runner.run(item).forced) == 6
     with pytest.raises(LaconicError, match="Example 2 has 0 tokens"):
         measure.prepare([example("a"), example("")], tiny[1])
 
