@@ -56,7 +56,7 @@ class Trace:
     prefill_s: float
     steps_s: list[float] = field(default_factory=list)
     stats: list[dict[str, Any]] = field(default_factory=list)  # the cache's figures, per forced step
-    masses: list[float | None] = field(default_factory=list)  # attention mass not read, per forced step
+    masses: list[float | None] = field(default_factory=list)  # attention mass not read or evicted, per forced step
 
     @functools.cached_property
     def log_probs(self) -> torch.Tensor:
@@ -110,6 +110,7 @@ class Runner:
         logits, cache, steps, prefill_s = self._prompt(item)
         trace = Trace([], [], [], prefill_s, steps)
         branch = None
+        cut = (handle.stats()["dropped_mass"] or 0.0) if handle is not None else 0.0  # what evicting the prompt took
         while True:
             trace.logits.append(logits)
             choice = int(logits.argmax())
@@ -125,7 +126,8 @@ class Runner:
             steps.append(seconds)
             if handle is not None:
                 trace.stats.append(handle.stats())
-                trace.masses.append(trace.stats[-1]["dropped_mass"])
+                mass = trace.stats[-1]["dropped_mass"]
+                trace.masses.append(None if mass is None else max(mass, cut))
         if handle is not None and not trace.stats:  # an answer of one token has no decode step of its own
             trace.stats.append(handle.stats())
         if branch is not None:

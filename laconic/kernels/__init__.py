@@ -14,17 +14,15 @@ from laconic.errors import LaconicError
 from laconic.kernels import reference
 from laconic.kernels.index import KeyIndex
 
-FAST_DTYPES = (torch.float32, torch.bfloat16)
-
 
 def _implementation(*tensors: torch.Tensor) -> ModuleType:
     """The fastest module that serves these tensors."""
     first = tensors[0]
     same = all(t.dtype == first.dtype and t.stride(-1) == 1 and not t.requires_grad for t in tensors)
-    if same and first.device.type == "cpu" and first.dtype in FAST_DTYPES:
+    if same and first.device.type == "cpu":
         from laconic.kernels import cpu
 
-        return cpu
+        return cpu if first.dtype in cpu.DTYPES else reference
     if same and first.device.type == "cuda":
         from laconic.kernels import gpu
 
@@ -102,9 +100,15 @@ def topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the k largest per row, ascending; ties go to the lowest index. int64 ``(batch, heads, k)``."""
     if not 0 < k <= scores.shape[-1]:
         raise LaconicError(f"topk: {k} of {scores.shape[-1]} entries cannot be chosen.")
-    if bool(torch.isnan(scores).any()):
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        from laconic.kernels import cpu
+
+        chosen = cpu.topk(scores, k)
+    else:
+        chosen = None if bool(torch.isnan(scores).any()) else reference.topk(scores, k)
+    if chosen is None:
         raise LaconicError("topk: some scores are not numbers (NaN): the model's activations overflow; try float32.")
-    return reference.topk(scores, k)
+    return chosen
 
 
 def column_sums(
@@ -125,7 +129,10 @@ def column_sums(
     Returns:
         float32 ``(batch, heads, n)``.
     """
-    return reference.column_sums(query, keys, scale=scale, starts=starts, window=window)
+    module = _implementation(query, keys)
+    if module.__name__.endswith("gpu"):
+        module = reference
+    return module.column_sums(query, keys, scale=scale, starts=starts, window=window)
 
 
 def merge_attention(

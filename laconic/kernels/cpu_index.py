@@ -1,4 +1,4 @@
-"""The vote on 8-bit keys on the CPU: sixteen tokens and four dimensions a time."""
+"""The vote on 8-bit keys on the CPU: sixteen tokens and four dimensions at a time."""
 
 from __future__ import annotations
 
@@ -10,121 +10,118 @@ import torch
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from laconic.kernels import cpu
+from laconic.kernels import simd
+from laconic.kernels.cpu_common import NEGATIVE, first_slots, grouped, jit, largest, soften, use_threads
+from laconic.kernels.cpu_scores import CHUNK, tally, vote_space
 from laconic.kernels.index import QUAD, TILE, ZERO, KeyIndex
+from laconic.kernels.simd import HEADS
 
-HEADS = 4  # query heads per pass over a tile
-HAS_VNNI = bool(llvm.get_host_cpu_features().get("avx512vnni", False))
+HAS_VNNI = bool(simd.FEATURES.get("avx512vnni", False))
 _DOT = "llvm.x86.avx512.vpdpbusd.512"
 
 
 @intrinsic
-def _tile_fast(context, keys, query, output, quads):
-    """The four by sixteen dot products of ``_tile_plain`` with the byte dot-product instruction of AVX-512 VNNI.
+def _tile_fast(typing, query, head, data, tile, bias, steps, scales, scale_at, logits, column):
+    """``_tile_plain`` with the byte dot-product instruction of AVX-512 VNNI."""
 
-    Addresses: ``keys`` (quads, 64) uint8, ``query`` (4, quads * 4) int8, ``output`` (4, 16) int32.
-    """
-
-    def generate(context, builder, signature, args):
-        word, byte = ir.IntType(32), ir.IntType(8)
-        lanes, bytes_ = ir.VectorType(word, TILE), ir.VectorType(byte, TILE * QUAD)
-        keys, query, output, quads = args
-        take_bytes = llvm.llvm_version_info >= (22,)
-        operand = bytes_ if take_bytes else lanes
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(lanes, [lanes, operand, operand]), _DOT)
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(HEADS)]
-        size = ir.IntType(64)
-        with cgutils.for_range(builder, quads) as loop:
-            at = builder.add(keys, builder.mul(loop.index, size(TILE * QUAD)))
-            key = builder.load(builder.inttoptr(at, operand.as_pointer()), align=1)
-            for head, total in enumerate(sums):
-                offset = builder.add(builder.mul(quads, size(head * QUAD)), builder.mul(loop.index, size(QUAD)))
-                pair = builder.load(builder.inttoptr(builder.add(query, offset), word.as_pointer()), align=1)
-                single = builder.insert_element(ir.Constant(lanes, ir.Undefined), pair, ir.IntType(32)(0))
-                mask = ir.Constant(ir.VectorType(word, TILE), [0] * TILE)
-                spread = builder.shuffle_vector(single, ir.Constant(lanes, ir.Undefined), mask)
-                spread = builder.bitcast(spread, operand) if take_bytes else spread
-                builder.store(builder.call(function, [builder.load(total), key, spread]), total)
-        for head, total in enumerate(sums):
-            at = builder.add(output, size(head * TILE * 4))
-            store = builder.store(builder.load(total), builder.inttoptr(at, lanes.as_pointer()))
-            store.align = 4
+    def generate(context, builder, signature, arguments):
+        kinds, word, size = signature.args, ir.IntType(32), ir.IntType(64)
+        (query, (_, dim)), (data, _), (bias, _), (steps, _), (scales, _), (logits, (_, width)) = (
+            simd.array(context, builder, kinds[i], arguments[i]) for i in (0, 2, 4, 5, 6, 8)
+        )
+        tile, scale_at, column = arguments[3], arguments[7], arguments[9]
+        heads = [builder.add(arguments[1], size(h)) for h in range(HEADS)]
+        lanes, floats = simd.vector(word, TILE), simd.vector(ir.FloatType(), TILE)
+        operand = simd.vector(ir.IntType(8), TILE * QUAD) if llvm.llvm_version_info >= (22,) else lanes
+        dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(lanes, [lanes, operand, operand]), _DOT)
+        sums = [cgutils.alloca_once(builder, lanes) for _ in range(HEADS)]
+        for h, total in zip(heads, sums, strict=True):
+            builder.store(simd.spread(builder, builder.load(simd.at(builder, bias, h)), TILE), total)
+        with cgutils.for_range(builder, builder.udiv(dim, size(QUAD))) as loop:
+            place = builder.add(tile, builder.mul(loop.index, size(TILE * QUAD)))
+            key = builder.load(builder.bitcast(simd.at(builder, data, place), operand.as_pointer()), align=1)
+            for h, total in zip(heads, sums, strict=True):
+                place = builder.add(builder.mul(h, dim), builder.mul(loop.index, size(QUAD)))
+                four = builder.load(builder.bitcast(simd.at(builder, query, place), word.as_pointer()), align=1)
+                wide = builder.bitcast(simd.spread(builder, four, TILE), operand)
+                builder.store(builder.call(dot, [builder.load(total), key, wide]), total)
+        place = builder.bitcast(simd.at(builder, scales, scale_at), floats.as_pointer())
+        token_scales = builder.load(place, align=4)
+        for h, total in zip(heads, sums, strict=True):
+            step = simd.spread(builder, builder.load(simd.at(builder, steps, h)), TILE)
+            scaled = builder.fmul(builder.sitofp(builder.load(total), floats), builder.fmul(token_scales, step))
+            to = simd.at(builder, logits, builder.mul(h, width), column)
+            builder.store(scaled, builder.bitcast(to, floats.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+    i = types.int64
+    return types.void(query, i, data, i, bias, steps, scales, i, logits, i), generate
 
 
-@nb.njit(nogil=True, cache=True)
-def _tile_plain(keys, query, output):
-    """output[h, t] = sum over dimensions of unsigned key byte times signed query byte, for a tile (quads, 64)."""
-    output[:] = 0
-    for quad in range(keys.shape[0]):
-        for h in range(HEADS):
+@jit()
+def _tile_plain(query, head, data, tile, bias, steps, scales, scale_at, logits, column):
+    """Logits of four query heads and the sixteen tokens of a tile, from ``column`` on.
+
+    Args:
+        query: int8 ``(group, dim)``; bias int32 and steps float32 ``(group,)``: minus ZERO times the sum of a query, and
+            the size of its units times the scale of the logits.
+        data, tile: the bytes of all keys, flat, and where the tile begins; scales, scale_at: the same for the scales.
+    """
+    sums = np.empty(TILE, np.int32)
+    for h in range(head, head + HEADS):
+        sums[:] = bias[h]
+        for i in range(query.shape[1]):
+            place = tile + i // QUAD * (TILE * QUAD) + i % QUAD
             for t in range(TILE):
-                for i in range(QUAD):
-                    output[h, t] += np.int32(keys[quad, t * QUAD + i]) * np.int32(query[h, quad * QUAD + i])
+                sums[t] += np.int32(data[place + t * QUAD]) * np.int32(query[h, i])
+        for t in range(TILE):
+            logits[h, column + t] = np.float32(sums[t]) * (scales[scale_at + t] * steps[h])
 
 
-@nb.njit(nogil=True, cache=True)
-def _tile(keys, query, output):
+@jit()
+def _tile(query, head, data, tile, bias, steps, scales, scale_at, logits, column):
     if HAS_VNNI:
-        _tile_fast(
-            np.int64(keys.ctypes.data), np.int64(query.ctypes.data), np.int64(output.ctypes.data), np.int64(keys.shape[0])
-        )
+        _tile_fast(query, head, data, tile, bias, steps, scales, scale_at, logits, column)
     else:
-        _tile_plain(keys, query, output)
+        _tile_plain(query, head, data, tile, bias, steps, scales, scale_at, logits, column)
 
 
-@nb.njit(nogil=True, cache=True)
-def _logits(products, offset, factor, scales, row):
-    """row = (product - offset) * scales * factor: a loop over a slice from 0 becomes SIMD, one from ``first`` does not."""
-    for j in range(row.shape[0]):
-        row[j] = np.float32(products[j] - offset) * (scales[j] * factor)
-
-
-@nb.njit(parallel=True, nogil=True, cache=True)
-def _vote_chunks(query, query_scales, data, scales, starts, stop, weights, tops, sums):
-    """As ``cpu._vote_chunks``, from bytes: query int8 (batch, kv_heads, group, d) with a factor each (batch, kv_heads, group)."""
-    batch, kv_heads, group, _ = query.shape
+@jit(parallel=True)
+def _vote_chunks(query, bias, steps, data, scales, capacity, starts, stop, weights, tops, sums):
+    """As ``cpu_scores._vote_chunks``, from bytes; ``data`` and ``scales`` are flat, with ``capacity`` tokens per head."""
+    batch, kv_heads, group, dim = query.shape
     chunks = tops.shape[3]
     for job in nb.prange(batch * kv_heads * chunks):
-        task = np.int64(job)
+        task = np.int64(job)  # the index of prange is unsigned, which would turn sums into floats
         b, rest = divmod(task, kv_heads * chunks)
         h, chunk = divmod(rest, chunks)
-        begin, end = max(chunk * cpu.CHUNK, starts[b, h]), min((chunk + 1) * cpu.CHUNK, stop)
-        products = np.empty((HEADS, TILE), np.int32)
-        for g in range(0, group, HEADS):
-            offsets = np.zeros(HEADS, np.int32)
-            for i in range(HEADS):
-                for x in query[b, h, g + i]:
-                    offsets[i] += np.int32(ZERO) * np.int32(x)
-            for tile in range(begin // TILE, (end + TILE - 1) // TILE):
-                _tile(data[b, h, tile], query[b, h, g : g + HEADS], products)
-                first, last = max(begin, tile * TILE), min(end, (tile + 1) * TILE)
-                lanes = slice(first - tile * TILE, last - tile * TILE)
-                for i in range(HEADS):
-                    _logits(
-                        products[i, lanes], offsets[i], query_scales[b, h, g + i], scales[b, h, first:last],
-                        weights[b, h, g + i, first:last],
+        begin, end = max(chunk * CHUNK, starts[b, h]), min((chunk + 1) * CHUNK, stop)
+        base = (b * kv_heads + h) * capacity
+        if begin < end:
+            for column in range(begin // TILE * TILE, end, TILE):
+                for g in range(0, group, HEADS):
+                    _tile(
+                        query[b, h], g, data, (base + column) * dim, bias[b, h], steps[b, h], scales, base + column,
+                        weights[b, h], column,
                     )  # fmt: skip
-        for g in range(group):
-            cpu._soften(weights[b, h, g, begin:end], tops[b, h, g], sums[b, h, g], chunk)
+            for g in range(group):
+                row = weights[b, h, g, begin:end]
+                tops[b, h, g, chunk] = largest(row, NEGATIVE)
+                sums[b, h, g, chunk] = soften(row, tops[b, h, g, chunk])
 
 
 def vote(query: torch.Tensor, index: KeyIndex, *, scale: float, starts=None, stop=None, over="layer") -> torch.Tensor:
-    batch, kv_heads = index.scales.shape[:2]
-    group, n = query.shape[1] // kv_heads, index.n
-    grouped = torch.from_numpy(cpu._grouped(query, kv_heads))
-    steps = grouped.abs().amax(-1).clamp(min=1e-12) / 127
-    codes = (grouped / steps[..., None]).round().to(torch.int8).numpy()
-    stop = n if stop is None else min(stop, n)
-    chunks = max(1, -(-stop // cpu.CHUNK))
-    weights = np.empty((*codes.shape[:3], n), np.float32)
-    tops = np.full((*codes.shape[:3], chunks), cpu.NEGATIVE, np.float32)
-    sums = np.zeros_like(tops)
-    first = cpu._starts(starts, batch, kv_heads)
-    cpu.use_threads(index.bytes)
+    batch, kv_heads, capacity = index.scales.shape
+    use_threads(index.bytes)
+    groups = torch.from_numpy(grouped(query, kv_heads))
+    units = groups.abs().amax(-1).clamp(min=1e-12) / 127
+    codes = (groups / units[..., None]).round().to(torch.int8)
+    bias = codes.sum(-1, dtype=torch.int32) * -ZERO
+    stop = index.n if stop is None else min(stop, index.n)
+    weights, tops, sums = vote_space(codes.shape[:3], index.n, stop)
+    first = first_slots(starts, batch, kv_heads)
     _vote_chunks(
-        codes, (steps * scale).numpy(), index.data.numpy(), index.scales.numpy(), first, stop, weights, tops, sums
-    )
-    return cpu.tally(weights[:, :, :group], tops[:, :, :group], sums[:, :, :group], first, stop, over)
+        codes.numpy(), bias.numpy(), (units * scale).numpy(), index.data.view(-1).numpy(), index.scales.view(-1).numpy(),
+        capacity, first, stop, weights, tops, sums,
+    )  # fmt: skip
+    return tally(weights, tops, sums, query.shape[1] // kv_heads, first, stop, index.n, over)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from laconic.errors import LaconicError
+from laconic.kernels.memory import empty
 
 TILE = 16  # tokens whose dot products are computed at once
 QUAD = 4  # neighbouring dimensions that one instruction multiplies and adds
@@ -23,7 +24,7 @@ class KeyIndex:
         if dim % QUAD:
             raise LaconicError(f"8-bit keys need a head size that is a multiple of {QUAD}, not {dim}: leave int8 off.")
         self.n = 0
-        self.data = torch.full((batch, heads, 0, dim // QUAD, TILE * QUAD), ZERO, dtype=torch.uint8, device=keys.device)
+        self.data = torch.empty(batch, heads, 0, dim // QUAD, TILE * QUAD, dtype=torch.uint8, device=keys.device)
         self.scales = torch.zeros(batch, heads, 0, device=keys.device)
         self.append(keys)
 
@@ -52,8 +53,10 @@ class KeyIndex:
         have = self.data.shape[2] * TILE
         if n > have:
             tiles = max(-(-n // TILE), 2 * self.data.shape[2]) + TILE
-            data = self.data.new_full((*self.data.shape[:2], tiles, *self.data.shape[3:]), ZERO)
+            shape = (*self.data.shape[:2], tiles, *self.data.shape[3:])
+            data = empty(shape, torch.uint8, self.data.device)
             data[:, :, : self.data.shape[2]] = self.data
+            data[:, :, self.data.shape[2] :] = ZERO
             scales = self.scales.new_zeros(*self.scales.shape[:2], tiles * TILE)
             scales[:, :, :have] = self.scales
             self.data, self.scales = data, scales

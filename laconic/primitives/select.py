@@ -83,7 +83,7 @@ def coverage(weights: torch.Tensor, mass: float) -> torch.Tensor:
 
 
 def quota_top(scores: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-    """Top-k with a quota per head: int64 ``(batch, heads, max(quota))`` of ``scores`` (batch, heads, n), ``quota`` (batch, heads).
+    """Top-k with a quota per head: ``(batch, heads, max(quota))`` of ``scores`` (batch, heads, n), ``quota`` (batch, heads).
 
     Heads with a smaller quota get empty slots (-1) in front.
     """

@@ -1,0 +1,189 @@
+"""Attention of one query per row on the CPU: each key and value is read once for all query heads of its group.
+
+Flash-decoding (Dao et al., 2023): the entries are split among threads, and the parts are merged by their maxima and sums.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+import torch
+
+from laconic.errors import LaconicError
+from laconic.kernels.cpu_common import (
+    NEGATIVE,
+    cap,
+    first_slots,
+    flat,
+    grouped,
+    jit,
+    largest,
+    soften,
+    use_threads,
+)  # fmt: skip
+from laconic.kernels.parts import combine
+from laconic.kernels.simd import HEADS, LANES, ROWS, add_rows, as_float, dots, prefetch, touch
+
+BLOCK = 2048  # keys whose logits are held at a time: long runs through keys, then values, are read at full speed
+AHEAD = 8  # rows that lie anywhere are asked for so many rows before they are needed
+SPLIT = 512  # entries that are worth a part of their own
+
+
+@jit()
+def block_logits(query, keys, key_stride, rows, count, scattered, scale, logits):
+    """logits (group, BLOCK) of ``count`` keys, whose offsets are ``rows``; gives what ``touch`` read.
+
+    ``rows`` has entries up to the next multiple of four, and the logits there are filled as well.
+    """
+    group, dim = query.shape
+    seen = np.int32(0)
+    packed = not scattered and key_stride == dim
+    for j in range(0, count, ROWS):
+        if packed and j + ROWS <= count:
+            seen ^= touch(keys, rows[j], ROWS * dim)
+        else:
+            for i in range(j, j + ROWS):
+                if scattered and i + AHEAD < count:
+                    prefetch(keys, rows[i + AHEAD], dim)
+                seen ^= touch(keys, rows[i], dim)
+        for g in range(0, group, HEADS):
+            dots(query, g, keys, rows[j], rows[j + 1], rows[j + 2], rows[j + 3], scale, logits, j)
+    if dim % LANES:
+        for j in range(count):
+            for g in range(group):
+                total = np.float32(0.0)
+                for i in range(dim // LANES * LANES, dim):
+                    total += query[g, i] * as_float(keys[rows[j] + i])
+                logits[g, j] += total * scale
+    return seen
+
+
+@jit()
+def _add_values(weights, values, value_stride, rows, count, scattered, output):
+    """output (group, dim) += weights (group, count) @ values; weights beyond ``count`` up to a multiple of four are 0."""
+    group, dim = output.shape
+    seen = np.int32(0)
+    packed = not scattered and value_stride == dim
+    for j in range(0, count, ROWS):
+        if packed and j + ROWS <= count:
+            seen ^= touch(values, rows[j], ROWS * dim)
+        else:
+            for i in range(j, j + ROWS):
+                if scattered and i + AHEAD < count:
+                    prefetch(values, rows[i + AHEAD], dim)
+                seen ^= touch(values, rows[i], dim)
+        for g in range(0, group, HEADS):
+            add_rows(weights, g, j, values, rows[j], rows[j + 1], rows[j + 2], rows[j + 3], output)
+    if dim % LANES:
+        for j in range(count):
+            for g in range(group):
+                for i in range(dim // LANES * LANES, dim):
+                    output[g, i] += weights[g, j] * as_float(values[rows[j] + i])
+    return seen
+
+
+@jit()
+def _soften_block(logits, count, softcap, output, state):
+    """Logits become weights relative to the running maximum, by which output (group, dim) and state (group, 2) are kept."""
+    for g in range(logits.shape[0]):
+        row = logits[g, :count]
+        if softcap > 0:
+            cap(row, softcap)
+        before = state[g, 0]
+        top = largest(row, before)
+        if top > before:
+            shrink = np.float32(np.exp(before - top)) if state[g, 1] > 0 else np.float32(0.0)
+            state[g, 0], state[g, 1] = top, state[g, 1] * shrink
+            for i in range(output.shape[1]):
+                output[g, i] *= shrink
+        state[g, 1] += soften(row, top)
+        for j in range(count, -(-count // ROWS) * ROWS):
+            logits[g, j] = np.float32(0.0)
+
+
+@jit()
+def _fill_rows(index, position, end, key_stride, value_stride, key_rows, value_rows):
+    """Offsets of up to BLOCK entries from ``position`` on, the last repeated to a multiple of four; count and what is next."""
+    count = 0
+    while position < end and count < BLOCK:
+        row = position if index.shape[0] == 0 else index[position]
+        position += 1
+        if row >= 0:
+            key_rows[count], value_rows[count] = row * key_stride, row * value_stride
+            count += 1
+    for j in range(count, -(-count // ROWS) * ROWS):
+        key_rows[j], value_rows[j] = key_rows[count - 1], value_rows[count - 1]
+    return count, position
+
+
+@jit()
+def _part(query, keys, values, key_stride, value_stride, index, begin, end, scale, softcap, output, state):
+    """Attention of ``query`` (group, d) over entries ``begin..end-1`` (or index[begin..end-1]) of flat keys and values.
+
+    The group is a multiple of four. Writes the unnormalised output (group, dv) and the state (group, 2): running maximum
+    and sum. Gives what ``touch`` read.
+    """
+    logits = np.empty((query.shape[0], BLOCK), np.float32)
+    key_rows, value_rows = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    state[:, 0], state[:, 1] = NEGATIVE, np.float32(0.0)
+    output[:] = np.float32(0.0)
+    scattered = index.shape[0] > 0
+    seen = np.int32(0)
+    position = begin
+    while position < end:
+        count, position = _fill_rows(index, position, end, key_stride, value_stride, key_rows, value_rows)
+        if count == 0:
+            break
+        seen ^= block_logits(query, keys, key_stride, key_rows, count, scattered, scale, logits)
+        _soften_block(logits, count, softcap, output, state)
+        seen ^= _add_values(logits, values, value_stride, value_rows, count, scattered, output)
+    return seen
+
+
+@jit(parallel=True)
+def _attend(query, keys, values, key_strides, value_strides, index, starts, n, splits, scale, softcap, output, state, seen):
+    """All rows and KV heads, each in ``splits`` parts: output (batch, kv_heads, splits, group, dv), state (..., group, 2)."""
+    kv_heads = query.shape[1]
+    for job in nb.prange(query.shape[0] * kv_heads * splits):
+        task = np.int64(job)  # the index of prange is unsigned, which would turn sums into floats
+        b, rest = divmod(task, kv_heads * splits)
+        h, part = divmod(rest, splits)
+        length = (n - starts[b, h] + splits - 1) // splits
+        begin = starts[b, h] + part * length
+        end = min(n, begin + length)
+        chosen = index[min(b, index.shape[0] - 1), min(h, index.shape[1] - 1)]
+        seen[task] = _part(
+            query[b, h], keys[b * key_strides[0] + h * key_strides[1] :],
+            values[b * value_strides[0] + h * value_strides[1] :], key_strides[2], value_strides[2], chosen, begin, end,
+            scale, softcap, output[b, h, part], state[b, h, part],
+        )  # fmt: skip
+
+
+def _run(query, keys, values, index, starts, n, scale, softcap):
+    batch, kv_heads = keys.shape[:2]
+    groups = grouped(query, kv_heads)
+    threads = use_threads(batch * kv_heads * n * (keys.shape[-1] + values.shape[-1]) * keys.element_size())
+    splits = max(1, min(-(-4 * threads // (batch * kv_heads)), n // SPLIT))
+    flat_keys, key_strides = flat(keys)
+    flat_values, value_strides = flat(values)
+    output = np.empty((*groups.shape[:2], splits, groups.shape[2], values.shape[-1]), np.float32)
+    state = np.empty((*output.shape[:4], 2), np.float32)
+    _attend(
+        groups, flat_keys, flat_values, key_strides, value_strides, index, starts, n, splits,
+        np.float32(scale), np.float32(softcap or 0.0), output, state, np.empty(batch * kv_heads * splits, np.int32),
+    )  # fmt: skip
+    return combine(torch.from_numpy(output), torch.from_numpy(state), query)
+
+
+def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
+    batch, kv_heads, n = keys.shape[:3]
+    none = np.empty((1, 1, 0), np.int64)
+    return _run(query, keys, values, none, first_slots(starts, batch, kv_heads), n, scale, softcap)
+
+
+def selected_attention(query, keys, values, indices, *, scale, softcap=None):
+    batch, kv_heads = keys.shape[:2]
+    index = np.ascontiguousarray(indices.numpy())
+    if index.size and index.max() >= keys.shape[2]:
+        raise LaconicError(f"selected_attention: entry {index.max()} is not among the {keys.shape[2]} held.")
+    return _run(query, keys, values, index, first_slots(None, batch, kv_heads), index.shape[2], scale, softcap)
