@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which torch may do at any time
 sys.path.insert(0, str(Path(__file__).parent))  # so that every folder finds tiny.py, whatever the import mode
 
 

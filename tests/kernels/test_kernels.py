@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ def fast(request):
     """The module of kernels to be compared with the reference."""
     if request.param == "cpu":
         return cpu
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which nothing did before this fixture
     pytest.importorskip("triton", reason="the GPU kernels need triton")
     from laconic.kernels import gpu
 

@@ -98,7 +98,7 @@ function draw() {
     font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: color("ink") },
     hoverlabel: { bgcolor: color("panel"), bordercolor: color("line"), font: { color: color("ink") }, align: "left" },
     margin: { l: 60, r: 16, t: 12, b: 56 },
-    legend: narrow.matches ? { orientation: "h", x: 0, y: -0.2, yanchor: "top" } : { x: 1.02, y: 1, traceorder: "normal" },
+    legend: narrow.matches ? { orientation: "h", x: 0, y: -0.2, yanchor: "top" } : { x: 1.02, y: 0.94, traceorder: "normal" } /* below the buttons */,
     shapes: dense ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: dense.points[0][chosen.y.key], y1: dense.points[0][chosen.y.key], line: { color: color("muted"), width: 1.5, dash: "dash" }, layer: "between" }] : [],
   };
   const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]], displayModeBar: narrow.matches ? false : "hover" };
