@@ -51,7 +51,7 @@ def test_compare_json(tiny_path: str, task: str, tmp_path: Path) -> None:
     assert [row["recipe"] for row in found["rows"]] == ["dense", "streaming:24"]
     lines = (tmp_path / "report" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == found["rows"]
-    assert found["report"].endswith("index.html") and found["run"]["command"].startswith("laconic ")
+    assert found["report"].endswith("index.html") and found["run"]["command"].split()[0] == "laconic"
 
 
 def test_compare_table(tiny_path: str, task: str, tmp_path: Path) -> None:
