@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from laconic.errors import LaconicError
 from laconic.kernels.index import KeyIndex
+from laconic.kernels.memory import empty
 
 if TYPE_CHECKING:
     from laconic.attention.engine import Policy
@@ -24,7 +25,7 @@ class Buffer:
         self.n = 0
         count = first.shape[2]
         capacity = max(reserve, count + max(64, count // 8))  # room for an answer, before the first doubling
-        self._data = first.new_empty((*first.shape[:2], capacity, *first.shape[3:]))
+        self._data = empty((*first.shape[:2], capacity, *first.shape[3:]), first.dtype, first.device)
         self.append(first)
 
     def append(self, new: torch.Tensor) -> None:
@@ -57,7 +58,7 @@ class Buffer:
     def rows(self, index: torch.Tensor) -> None:
         """Picks rows of the batch (beams); keeps the capacity."""
         picked = self.view().index_select(0, index.to(self._data.device))
-        data = self._data.new_empty((picked.shape[0], *self._data.shape[1:]))
+        data = empty((picked.shape[0], *self._data.shape[1:]), picked.dtype, picked.device)
         data[:, :, : self.n] = picked
         self._data = data
 
@@ -71,7 +72,7 @@ class Buffer:
         return self._data.shape[2]
 
     def _reallocate(self, capacity: int) -> None:
-        data = self._data.new_empty((*self._data.shape[:2], capacity, *self._data.shape[3:]))
+        data = empty((*self._data.shape[:2], capacity, *self._data.shape[3:]), self._data.dtype, self._data.device)
         data[:, :, : self.n] = self.view()
         self._data = data
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import numba as nb
 import numpy as np
+import torch
 
-BYTES = 1 << 29  # many times the last-level cache, so that nothing is left over from the read before
 PIECES = 256  # more than threads, so that a thread that was interrupted holds up no other
 
 
@@ -23,26 +21,26 @@ def _read(words: np.ndarray, sums: np.ndarray) -> None:
 
 
 class ReadStep:
-    """Reads ``size`` bytes once per call on all numba threads; a step for ``laconic.bench.figure.interleave``."""
+    """Reads the memory that float32 ``tensors`` lie in once per call, on all numba threads.
 
-    def __init__(self, size: int = BYTES) -> None:
-        self._words = np.ones((PIECES, max(1, size // (4 * PIECES))), np.float32)
-        self._sums = np.empty(PIECES, np.float32)
-        self.bytes = self._words.nbytes
+    The very pages of the cache are read, not other ones: on a shared machine one buffer may be reached at twice the speed
+    of the next, by where its pages happen to lie. A step for ``laconic.bench.figure.interleave``.
+    """
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._parts = [_pieces(tensor) for tensor in tensors]
+        self.bytes = sum(part.nbytes for part in self._parts)
 
     def __call__(self, i: int = 0) -> float:
         """The sum of all words, so that no read can be left out."""
-        _read(self._words, self._sums)
-        return float(self._sums.sum())
+        sums = np.empty((len(self._parts), PIECES), np.float32)
+        for part, row in zip(self._parts, sums, strict=True):
+            _read(part, row)
+        return float(sums.sum())
 
 
-def read_bandwidth(repeats: int = 7, size: int = BYTES) -> float:
-    """Bytes per second of a sequential read of ``size`` bytes on all numba threads, the best of ``repeats`` passes."""
-    step = ReadStep(size)
-    step()  # compiles, and brings in the pages
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        best = min(best, time.perf_counter() - start)
-    return step.bytes / best
+def _pieces(tensor: torch.Tensor) -> np.ndarray:
+    """What a view spans, room between its rows included, as ``(PIECES, length)``; the odd words at the end are left out."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    length = span // PIECES
+    return tensor.as_strided((PIECES * length,), (1,)).numpy().reshape(PIECES, length)

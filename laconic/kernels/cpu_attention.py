@@ -18,68 +18,31 @@ from laconic.kernels.cpu_common import (
     grouped,
     jit,
     largest,
+    padded_rows,
+    row_logits,
     soften,
+    span_rows,
     use_threads,
 )  # fmt: skip
 from laconic.kernels.parts import combine
-from laconic.kernels.simd import HEADS, LANES, ROWS, add_rows, as_float, dots, prefetch, touch
+from laconic.kernels.simd import HEADS, LANES, ROWS, add_rows, as_float
 
 BLOCK = 2048  # keys whose logits are held at a time: long runs through keys, then values, are read at full speed
-AHEAD = 8  # rows that lie anywhere are asked for so many rows before they are needed
 SPLIT = 512  # entries that are worth a part of their own
 
 
 @jit()
-def block_logits(query, keys, key_stride, rows, count, scattered, scale, logits):
-    """logits (group, BLOCK) of ``count`` keys, whose offsets are ``rows``; gives what ``touch`` read.
-
-    ``rows`` has entries up to the next multiple of four, and the logits there are filled as well.
-    """
-    group, dim = query.shape
-    seen = np.int32(0)
-    packed = not scattered and key_stride == dim
-    for j in range(0, count, ROWS):
-        if packed and j + ROWS <= count:
-            seen ^= touch(keys, rows[j], ROWS * dim)
-        else:
-            for i in range(j, j + ROWS):
-                if scattered and i + AHEAD < count:
-                    prefetch(keys, rows[i + AHEAD], dim)
-                seen ^= touch(keys, rows[i], dim)
-        for g in range(0, group, HEADS):
-            dots(query, g, keys, rows[j], rows[j + 1], rows[j + 2], rows[j + 3], scale, logits, j)
-    if dim % LANES:
-        for j in range(count):
-            for g in range(group):
-                total = np.float32(0.0)
-                for i in range(dim // LANES * LANES, dim):
-                    total += query[g, i] * as_float(keys[rows[j] + i])
-                logits[g, j] += total * scale
-    return seen
-
-
-@jit()
-def _add_values(weights, values, value_stride, rows, count, scattered, output):
+def _add_values(weights, values, rows, count, output):
     """output (group, dim) += weights (group, count) @ values; weights beyond ``count`` up to a multiple of four are 0."""
     group, dim = output.shape
-    seen = np.int32(0)
-    packed = not scattered and value_stride == dim
     for j in range(0, count, ROWS):
-        if packed and j + ROWS <= count:
-            seen ^= touch(values, rows[j], ROWS * dim)
-        else:
-            for i in range(j, j + ROWS):
-                if scattered and i + AHEAD < count:
-                    prefetch(values, rows[i + AHEAD], dim)
-                seen ^= touch(values, rows[i], dim)
         for g in range(0, group, HEADS):
-            add_rows(weights, g, j, values, rows[j], rows[j + 1], rows[j + 2], rows[j + 3], output)
+            add_rows(weights, g, values, rows, j, output)
     if dim % LANES:
         for j in range(count):
             for g in range(group):
                 for i in range(dim // LANES * LANES, dim):
                     output[g, i] += weights[g, j] * as_float(values[rows[j] + i])
-    return seen
 
 
 @jit()
@@ -102,17 +65,21 @@ def _soften_block(logits, count, softcap, output, state):
 
 
 @jit()
-def _fill_rows(index, position, end, key_stride, value_stride, key_rows, value_rows):
-    """Offsets of up to BLOCK entries from ``position`` on, the last repeated to a multiple of four; count and what is next."""
+def _fill_rows(index, position, end, stride, rows):
+    """Offsets of up to BLOCK entries from ``position`` on, and what ``dots`` wants after them; count, and what is next."""
+    if index.shape[0] == 0:
+        count = min(BLOCK, end - position)
+        span_rows(position * stride, count, stride, rows)
+        return count, position + count
     count = 0
     while position < end and count < BLOCK:
-        row = position if index.shape[0] == 0 else index[position]
+        slot = index[position]
         position += 1
-        if row >= 0:
-            key_rows[count], value_rows[count] = row * key_stride, row * value_stride
+        if slot >= 0:
+            rows[count] = slot * stride
             count += 1
-    for j in range(count, -(-count // ROWS) * ROWS):
-        key_rows[j], value_rows[j] = key_rows[count - 1], value_rows[count - 1]
+    for j in range(count, padded_rows(count)):
+        rows[j] = rows[count - 1]
     return count, position
 
 
@@ -121,27 +88,25 @@ def _part(query, keys, values, key_stride, value_stride, index, begin, end, scal
     """Attention of ``query`` (group, d) over entries ``begin..end-1`` (or index[begin..end-1]) of flat keys and values.
 
     The group is a multiple of four. Writes the unnormalised output (group, dv) and the state (group, 2): running maximum
-    and sum. Gives what ``touch`` read.
+    and sum.
     """
     logits = np.empty((query.shape[0], BLOCK), np.float32)
-    key_rows, value_rows = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    key_rows, value_rows = np.empty(padded_rows(BLOCK), np.int64), np.empty(padded_rows(BLOCK), np.int64)
     state[:, 0], state[:, 1] = NEGATIVE, np.float32(0.0)
     output[:] = np.float32(0.0)
-    scattered = index.shape[0] > 0
-    seen = np.int32(0)
     position = begin
     while position < end:
-        count, position = _fill_rows(index, position, end, key_stride, value_stride, key_rows, value_rows)
+        _fill_rows(index, position, end, value_stride, value_rows)
+        count, position = _fill_rows(index, position, end, key_stride, key_rows)
         if count == 0:
             break
-        seen ^= block_logits(query, keys, key_stride, key_rows, count, scattered, scale, logits)
+        row_logits(query, keys, key_rows, count, scale, logits, 0)
         _soften_block(logits, count, softcap, output, state)
-        seen ^= _add_values(logits, values, value_stride, value_rows, count, scattered, output)
-    return seen
+        _add_values(logits, values, value_rows, count, output)
 
 
 @jit(parallel=True)
-def _attend(query, keys, values, key_strides, value_strides, index, starts, n, splits, scale, softcap, output, state, seen):
+def _attend(query, keys, values, key_strides, value_strides, index, starts, n, splits, scale, softcap, output, state):
     """All rows and KV heads, each in ``splits`` parts: output (batch, kv_heads, splits, group, dv), state (..., group, 2)."""
     kv_heads = query.shape[1]
     for job in nb.prange(query.shape[0] * kv_heads * splits):
@@ -152,7 +117,7 @@ def _attend(query, keys, values, key_strides, value_strides, index, starts, n, s
         begin = starts[b, h] + part * length
         end = min(n, begin + length)
         chosen = index[min(b, index.shape[0] - 1), min(h, index.shape[1] - 1)]
-        seen[task] = _part(
+        _part(
             query[b, h], keys[b * key_strides[0] + h * key_strides[1] :],
             values[b * value_strides[0] + h * value_strides[1] :], key_strides[2], value_strides[2], chosen, begin, end,
             scale, softcap, output[b, h, part], state[b, h, part],
@@ -170,7 +135,7 @@ def _run(query, keys, values, index, starts, n, scale, softcap):
     state = np.empty((*output.shape[:4], 2), np.float32)
     _attend(
         groups, flat_keys, flat_values, key_strides, value_strides, index, starts, n, splits,
-        np.float32(scale), np.float32(softcap or 0.0), output, state, np.empty(batch * kv_heads * splits, np.int32),
+        np.float32(scale), np.float32(softcap or 0.0), output, state,
     )  # fmt: skip
     return combine(torch.from_numpy(output), torch.from_numpy(state), query)
 

@@ -14,7 +14,7 @@ import numba as nb
 import numpy as np
 import torch
 
-from laconic.kernels.simd import HEADS, power_of_two
+from laconic.kernels.simd import AHEAD, HEADS, LANES, ROWS, as_float, dots, power_of_two
 
 NEGATIVE = np.float32(-np.inf)
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
@@ -82,6 +82,37 @@ def cap(row, softcap):
         e = exp(np.float32(-2.0) * abs(x))
         tanh = (np.float32(1.0) - e) / (np.float32(1.0) + e)
         row[j] = softcap * (tanh if x > 0 else -tanh)
+
+
+@jit(inline="always")
+def padded_rows(count):
+    """Entries that ``dots`` and ``add_rows`` want in an array of ``count`` rows: fours, and what they ask for ahead."""
+    return (count + ROWS - 1) // ROWS * ROWS + AHEAD
+
+
+@jit()
+def span_rows(first, count, stride, rows):
+    """rows = offsets of ``count`` neighbouring entries from offset ``first`` on, and what ``dots`` wants after them."""
+    for j in range(padded_rows(count)):
+        rows[j] = first + j * stride
+    for j in range(count, (count + ROWS - 1) // ROWS * ROWS):
+        rows[j] = rows[count - 1]  # these are read, so they must be there
+
+
+@jit()
+def row_logits(query, keys, rows, count, scale, logits, column):
+    """logits (group, any) of ``count`` keys from ``column`` on, and of up to three more up to a multiple of four."""
+    group, dim = query.shape
+    for j in range(0, count, ROWS):
+        for g in range(0, group, HEADS):
+            dots(query, g, keys, rows, j, scale, logits, column + j)
+    if dim % LANES:
+        for j in range(count):
+            for g in range(group):
+                total = np.float32(0.0)
+                for i in range(dim // LANES * LANES, dim):
+                    total += query[g, i] * as_float(keys[rows[j] + i])
+                logits[g, column + j] += total * scale
 
 
 THREAD_BYTES = 2 << 20  # what a thread has to read to be worth waking: below this, waking takes longer than reading

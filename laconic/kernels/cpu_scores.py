@@ -13,44 +13,22 @@ from laconic.kernels.cpu_common import (
     grouped,
     jit,
     largest,
+    padded_rows,
+    row_logits,
     scratch,
     soften,
+    span_rows,
     use_threads,
 )  # fmt: skip
 from laconic.kernels.parts import factors
-from laconic.kernels.simd import HEADS, LANES, ROWS, as_float, dots, touch
+from laconic.kernels.simd import ROWS
 
 CHUNK = 1024  # keys per task of the vote: their logits stay in the first caches
 MAP_FLOATS = 1 << 21  # logits that column_sums holds at a time
 
 
-@jit()
-def _logits(query, keys, base, stride, begin, end, scale, logits):
-    """logits (group, any) at begin..end-1 of the keys there; up to three columns beyond are overwritten too."""
-    group, dim = query.shape
-    seen = np.int32(0)
-    for j in range(begin, end, ROWS):
-        row = base + j * stride
-        if stride == dim and j + ROWS <= end:
-            seen ^= touch(keys, row, ROWS * dim)
-        else:
-            for i in range(j, min(j + ROWS, end)):
-                seen ^= touch(keys, base + i * stride, dim)
-        a, b, c = min(1, end - 1 - j), min(2, end - 1 - j), min(3, end - 1 - j)
-        for g in range(0, group, HEADS):
-            dots(query, g, keys, row, row + a * stride, row + b * stride, row + c * stride, scale, logits, j)
-    if dim % LANES:
-        for j in range(begin, end):
-            for g in range(group):
-                total = np.float32(0.0)
-                for i in range(dim // LANES * LANES, dim):
-                    total += query[g, i] * as_float(keys[base + j * stride + i])
-                logits[g, j] += total * scale
-    return seen
-
-
 @jit(parallel=True)
-def _vote_chunks(query, keys, strides, starts, stop, scale, weights, tops, sums, seen):
+def _vote_chunks(query, keys, strides, starts, stop, scale, weights, tops, sums):
     """exp(logit - top of its chunk) into ``weights`` (batch, kv_heads, group, any), with tops and sums (..., chunks)."""
     batch, kv_heads, group, _ = query.shape
     chunks = tops.shape[3]
@@ -62,7 +40,9 @@ def _vote_chunks(query, keys, strides, starts, stop, scale, weights, tops, sums,
         if begin < end:
             base = b * strides[0] + h * strides[1]
             first = begin // ROWS * ROWS  # so that no four columns reach into the chunk of another thread
-            seen[task] = _logits(query[b, h], keys, base, strides[2], first, end, scale, weights[b, h])
+            rows = np.empty(padded_rows(CHUNK), np.int64)
+            span_rows(base + first * strides[2], end - first, strides[2], rows)
+            row_logits(query[b, h], keys, rows, end - first, scale, weights[b, h], first)
             for g in range(group):
                 row = weights[b, h, g, begin:end]
                 tops[b, h, g, chunk] = largest(row, NEGATIVE)
@@ -99,8 +79,7 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
     weights, tops, sums = vote_space(groups.shape[:3], n, stop)
     first = first_slots(starts, batch, kv_heads)
     flat_keys, strides = flat(keys)
-    seen = np.empty(tops.size, np.int32)
-    _vote_chunks(groups, flat_keys, strides, first, stop, np.float32(scale), weights, tops, sums, seen)
+    _vote_chunks(groups, flat_keys, strides, first, stop, np.float32(scale), weights, tops, sums)
     return tally(weights, tops, sums, query.shape[1] // kv_heads, first, stop, n, over)
 
 

@@ -1,7 +1,9 @@
 """The innermost loops of the CPU kernels, as vector code that LLVM fits to the processor at hand.
 
 They take four query heads and four rows (keys or values) at a time, so that every number loaded is used four times. Rows
-are offsets in elements into a flat array: float32, bfloat16 (its bits as uint16) or float16 (its bits as int16).
+are offsets in elements into a flat array: float32, bfloat16 (its bits as uint16) or float16 (its bits as int16). While four
+rows are worked on, those ``AHEAD`` rows later are asked for, line by line: a processor's own prefetchers stop at the end of
+a page and know nothing of rows that lie anywhere, and work on a row that has yet to come from memory would wait for it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ LANES = 16 if FEATURES.get("avx512f", False) else 8 if FEATURES.get("avx2", Fals
 HAS_HALF = bool(FEATURES.get("f16c", False)) or platform.machine().lower() in ("arm64", "aarch64")  # float16 to float32
 HEADS = 4  # query heads at a time
 ROWS = 4  # keys or values at a time
+AHEAD = 3 * ROWS  # rows are asked for so many rows before they are needed, into the second-level cache
 CHUNKS = (2, 1)  # registers of a row that are worked on without a loop
 _FLOAT, _WORD, _SIZE = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FAST = ("contract", "reassoc")
@@ -90,19 +93,37 @@ def _chunked(builder: ir.IRBuilder, dim: ir.Value, work: Callable[[ir.Value, int
         done = builder.add(done, builder.mul(count, size))
 
 
+def _prefetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
+    """Asks for the cache line of ``pointer``; any address will do, also one beyond the array."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(pointer, byte), _WORD(0), _WORD(2), _WORD(1)])  # read, second level, data
+
+
+def _four(builder: ir.IRBuilder, rows: ir.Value, first: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
+    """The offsets rows[first..first+3], and those that are to be asked for meanwhile."""
+    places = [builder.add(first, _SIZE(j)) for j in range(ROWS)]
+    now = [builder.load(at(builder, rows, place)) for place in places]
+    return now, [builder.load(at(builder, rows, place, _SIZE(AHEAD))) for place in places]
+
+
 @intrinsic
-def dots(typing, query, head, keys, row_0, row_1, row_2, row_3, scale, logits, column):
+def dots(typing, query, head, keys, rows, first, scale, logits, column):
     """logits[head..head+3, column..column+3] = scale * q.k over the first dim // LANES * LANES dimensions.
 
-    ``query`` float32 (group, dim) and ``logits`` float32 (group, any), both contiguous.
+    ``query`` float32 (group, dim) and ``logits`` float32 (group, any), both contiguous. The keys are at the offsets
+    rows[first..first+3]; ``rows`` goes on for ``AHEAD`` entries more, which are only asked for.
     """
 
     def generate(context, builder, signature, arguments):
         kinds = signature.args
         query, (_, dim) = array(context, builder, kinds[0], arguments[0])
         keys, _ = array(context, builder, kinds[2], arguments[2])
-        logits, (_, width) = array(context, builder, kinds[8], arguments[8])
-        rows, scale, column = arguments[3:7], arguments[7], arguments[9]
+        rows, _ = array(context, builder, kinds[3], arguments[3])
+        logits, (_, width) = array(context, builder, kinds[6], arguments[6])
+        scale, column = arguments[5], arguments[7]
+        now, later = _four(builder, rows, arguments[4])
         heads = [builder.add(arguments[1], _SIZE(h)) for h in range(HEADS)]
         zero = ir.Constant(vector(_FLOAT), None)
         sums = [cgutils.alloca_once(builder, zero.type) for _ in range(HEADS * ROWS)]
@@ -113,7 +134,8 @@ def dots(typing, query, head, keys, row_0, row_1, row_2, row_3, scale, logits, c
             for j in range(ROWS):
                 for r in range(registers):
                     d = builder.add(start, _SIZE(r * LANES))
-                    key = _load(builder, at(builder, keys, rows[j], d), kinds[2].dtype)
+                    _prefetch(builder, at(builder, keys, later[j], d))
+                    key = _load(builder, at(builder, keys, now[j], d), kinds[2].dtype)
                     for h in range(HEADS):
                         q = _load(builder, at(builder, query, builder.mul(heads[h], dim), d), types.float32)
                         total = sums[h * ROWS + j]
@@ -123,31 +145,32 @@ def dots(typing, query, head, keys, row_0, row_1, row_2, row_3, scale, logits, c
         packed = _sum_lanes(builder, [builder.load(total) for total in sums])
         packed = [builder.fmul(part, spread(builder, scale), flags=_FAST) for part in packed]
         for h in range(HEADS):
-            part, first = packed[h * ROWS // LANES], h * ROWS % LANES
-            four = builder.shuffle_vector(part, part, ir.Constant(vector(_WORD, ROWS), list(range(first, first + ROWS))))
+            part, lane = packed[h * ROWS // LANES], h * ROWS % LANES
+            four = builder.shuffle_vector(part, part, ir.Constant(vector(_WORD, ROWS), list(range(lane, lane + ROWS))))
             to = at(builder, logits, builder.mul(heads[h], width), column)
             builder.store(four, builder.bitcast(to, four.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(query, i, keys, i, i, i, i, types.float32, logits, i), generate
+    return types.void(query, i, keys, rows, i, types.float32, logits, i), generate
 
 
 @intrinsic
-def add_rows(typing, weights, head, column, values, row_0, row_1, row_2, row_3, output):
-    """output[head..head+3] += sum over j < 4 of weights[head.., column + j] * values[row_j], in whole registers.
+def add_rows(typing, weights, head, values, rows, first, output):
+    """output[head..head+3] += sum over j < 4 of weights[head.., first + j] * values[rows[first + j]], in whole registers.
 
-    ``weights`` float32 (group, any) and ``output`` float32 (group, dim), both contiguous.
+    ``weights`` float32 (group, any) and ``output`` float32 (group, dim), both contiguous; ``rows`` as in ``dots``.
     """
 
     def generate(context, builder, signature, arguments):
         kinds = signature.args
         weights, (_, width) = array(context, builder, kinds[0], arguments[0])
-        values, _ = array(context, builder, kinds[3], arguments[3])
-        output, (_, dim) = array(context, builder, kinds[8], arguments[8])
-        column, rows = arguments[2], arguments[4:8]
+        values, _ = array(context, builder, kinds[2], arguments[2])
+        rows, _ = array(context, builder, kinds[3], arguments[3])
+        output, (_, dim) = array(context, builder, kinds[5], arguments[5])
+        now, later = _four(builder, rows, arguments[4])
         heads = [builder.add(arguments[1], _SIZE(h)) for h in range(HEADS)]
-        places = [(h, builder.add(column, _SIZE(j))) for h in heads for j in range(ROWS)]
+        places = [(h, builder.add(arguments[4], _SIZE(j))) for h in heads for j in range(ROWS)]
         factors = [
             spread(builder, builder.load(at(builder, weights, builder.mul(h, width), place))) for h, place in places
         ]
@@ -155,7 +178,9 @@ def add_rows(typing, weights, head, column, values, row_0, row_1, row_2, row_3, 
         def work(start, registers):
             for r in range(registers):
                 d = builder.add(start, _SIZE(r * LANES))
-                loaded = [_load(builder, at(builder, values, row, d), kinds[3].dtype) for row in rows]
+                for row in later:
+                    _prefetch(builder, at(builder, values, row, d))
+                loaded = [_load(builder, at(builder, values, row, d), kinds[2].dtype) for row in now]
                 for h in range(HEADS):
                     to = at(builder, output, builder.mul(heads[h], dim), d)
                     total = _load(builder, to, types.float32)
@@ -167,53 +192,7 @@ def add_rows(typing, weights, head, column, values, row_0, row_1, row_2, row_3, 
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(weights, i, i, values, i, i, i, i, output), generate
-
-
-@intrinsic
-def touch(typing, source, start, count):
-    """Reads ``count`` elements from ``start`` on, in order, and gives an int32 that depends on all that was read.
-
-    One plain read in a loop is what the prefetcher of a processor foresees best: work on the same rows afterwards does not
-    wait for memory, which more than doubles the bandwidth of ``dots`` and ``add_rows``.
-    """
-
-    def generate(context, builder, signature, arguments):
-        kind = signature.args[0]
-        source, _ = array(context, builder, kind, arguments[0])
-        words = vector(_WORD)
-        seen = cgutils.alloca_once(builder, words)
-        builder.store(ir.Constant(words, None), seen)
-        step = LANES * 32 // kind.dtype.bitwidth  # elements in a register
-        with cgutils.for_range(builder, builder.udiv(arguments[2], _SIZE(step))) as loop:
-            pointer = at(builder, source, arguments[1], builder.mul(loop.index, _SIZE(step)))
-            part = builder.load(builder.bitcast(pointer, words.as_pointer()), align=kind.dtype.bitwidth // 8)
-            builder.store(builder.xor(builder.load(seen), part), seen)
-        name = f"llvm.vector.reduce.xor.v{LANES}i32"
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_WORD, [words]), name)
-        return builder.call(function, [builder.load(seen)])
-
-    return types.int32(source, types.int64, types.int64), generate
-
-
-@intrinsic
-def prefetch(typing, source, row, count):
-    """Asks for the cache lines of ``count`` elements from ``row`` on, for rows that lie anywhere."""
-
-    def generate(context, builder, signature, arguments):
-        kind = signature.args[0]
-        source, _ = array(context, builder, kind, arguments[0])
-        byte = ir.IntType(8).as_pointer()
-        function_kind = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
-        function = cgutils.get_or_insert_function(builder.module, function_kind, "llvm.prefetch.p0")
-        line = 64 * 8 // kind.dtype.bitwidth
-        lines = builder.udiv(builder.add(arguments[2], _SIZE(line - 1)), _SIZE(line))
-        with cgutils.for_range(builder, lines) as loop:
-            pointer = at(builder, source, arguments[1], builder.mul(loop.index, _SIZE(line)))
-            builder.call(function, [builder.bitcast(pointer, byte), _WORD(0), _WORD(3), _WORD(1)])
-        return context.get_dummy_value()
-
-    return types.void(source, types.int64, types.int64), generate
+    return types.void(weights, i, values, rows, i, output), generate
 
 
 @intrinsic

@@ -15,7 +15,7 @@ RATIO, BANDWIDTH_SHARE, TOLERANCE = 8.0, 0.7, 1e-5
 def run(quick: bool, say: Say) -> Figure:
     """Median of interleaved steps; both append the same token and answer the same query, and the answers must agree.
 
-    A plain read of as many bytes takes its turn too: the bandwidth of the machine under the very same load.
+    A plain read of the same memory takes its turn too: the bandwidth of the machine under the very same load.
     """
     shape, repeats = (Shape(2048), 2) if quick else (Shape(65_536), 9)
     generator = torch.Generator().manual_seed(0)
@@ -23,7 +23,7 @@ def run(quick: bool, say: Say) -> Figure:
     incoming = shape.incoming(repeats + 3, generator)
     stock = StockStep(shape, keys, values, incoming)
     ours = OurStep(shape, keys, values, incoming, "dense")
-    read = ReadStep(shape.cache_bytes)
+    read = ReadStep(ours.layer.keys, ours.layer.values)
     del keys, values
     times = interleave({"stock": stock, "ours": ours, "read": read}, repeats=repeats, warmup=2, say=say)
     difference = float((stock(repeats + 2) - ours(repeats + 2)).abs().max())
