@@ -112,7 +112,7 @@ class TokenSelect(ReadMethod):
         reads everything, and has not chosen yet.
         """
         last, slots = layer.memory.get(self.id), layer.slots.get(self.id)
-        if slots is None or not call.decoding:
+        if slots is None or not call.decoding or self.refresh > 1:
             return None, 0
         starts, count = layer.starts(call.window), slots.shape[-1]
         covered, chose = self.covered(layer, call), layer.memory[self.id + ".chose"]
