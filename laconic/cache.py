@@ -94,12 +94,15 @@ class Request:
         policy: the :class:`laconic.attention.engine.Policy` that attends for this cache; set by every forward.
         positions: int64 ``(batch, new)``: true positions of the tokens of the running forward, -1 for padding.
         figures: per layer, what the last forward kept and read (see ``Policy``).
+        memory: what methods hand from layer to layer (a selection that deeper layers use again, scores that add up over
+            depth). Tensors in it have the batch as first dimension and follow reordering; a crop empties it.
     """
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
         self.positions: torch.Tensor | None = None
         self.figures: dict[int, dict[str, Any]] = {}
+        self.memory: dict[str, Any] = {}
 
     def take(self, batch: int, count: int, seen: int, device: torch.device) -> torch.Tensor:
         """Positions ``(batch, count)``; without word from the model's caller, the tokens follow what was seen."""
@@ -379,6 +382,7 @@ class KVCache(Cache):
         """An independent copy of everything held: what happens to one does not reach the other."""
         twin = KVCache(0)
         twin.request.policy = self.request.policy
+        twin.request.memory = {name: _copy(value) for name, value in self.request.memory.items()}
         twin.layers = [layer.copy(twin.request) for layer in self.layers]
         return twin
 
@@ -386,3 +390,27 @@ class KVCache(Cache):
         """Back to the state of ``snapshot = cache.fork()``; the snapshot stays usable."""
         fresh = snapshot.fork()
         self.layers, self.request = fresh.layers, fresh.request
+
+    def reset(self) -> None:
+        self.request.memory.clear()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.request.memory.clear()
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._reorder_memory(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._reorder_memory(indices)
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.layers and self.layers[0].n:
+            self._reorder_memory(torch.arange(self.layers[0].keys.shape[0]).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def _reorder_memory(self, rows: torch.Tensor) -> None:
+        self.request.memory = {name: _rows(value, rows) for name, value in self.request.memory.items()}

@@ -361,3 +361,24 @@ def test_memory_does_not_grow_over_two_thousand_steps(recipe: str) -> None:
     assert layer.seen == 2064 and layer.n == 32
     assert sum(b.capacity for b in layer._buffers()) <= capacity <= 4 * 64 + 64
     assert process.memory_info().rss - resident < 3 * 2**20
+
+
+def test_what_layers_hand_to_each_other_follows_the_cache() -> None:
+    cache = KVCache(2)
+    for layer in range(2):
+        cache.update(torch.randn(2, 1, 4, 8), torch.randn(2, 1, 4, 8), layer)
+    cache.request.memory["scores"] = torch.tensor([[1.0], [2.0]])
+    twin = cache.fork()
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert cache.request.memory["scores"].tolist() == [[2.0], [2.0]]
+    assert twin.request.memory["scores"].tolist() == [[1.0], [2.0]], "a fork has its own"
+    cache.batch_repeat_interleave(2)
+    assert cache.request.memory["scores"].shape == (4, 1)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert cache.request.memory["scores"].shape == (1, 1)
+    cache.restore(twin)
+    assert cache.request.memory["scores"].tolist() == [[1.0], [2.0]]
+    cache.crop(-1)
+    assert not cache.request.memory
+    twin.reset()
+    assert not twin.request.memory
