@@ -49,6 +49,7 @@ class H2O(EvictMethod):
             call.query,
             layer.keys,
             scale=call.scale,
+            softcap=call.softcap,
             starts=layer.starts(call.window) if call.decoding else layer.starts(),
             window=call.window,
             reduce=self.reduce,

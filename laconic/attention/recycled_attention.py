@@ -90,7 +90,7 @@ class RecycledAttention(ReadMethod):
         others from the lowest score up and the recent ones."""
         starts = layer.starts(call.window)
         received = attention_received(
-            call.query[:, :, -1:], layer.keys, scale=call.scale, starts=starts, reduce="max"
+            call.query[:, :, -1:], layer.keys, scale=call.scale, softcap=call.softcap, starts=starts, reduce="max"
         )
         received = pool(received, self.kernel, "max")
         slots = self.choose(layer, call, received, sinks=self.sinks, recent=self.recent)

@@ -44,6 +44,7 @@ class SnapKV(EvictMethod):
             call.query[:, :, -self.window :],
             layer.keys,
             scale=call.scale,
+            softcap=call.softcap,
             starts=layer.starts(),
             window=call.window,
         )

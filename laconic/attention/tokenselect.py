@@ -96,6 +96,7 @@ class TokenSelect(ReadMethod):
             stop=layer.n - recent,
             over="group" if self.per_head else "layer",
             index=index,
+            softcap=None if self.scale else call.softcap,
         )
         quota = self.quota(layer, call)
         if not call.decoding:

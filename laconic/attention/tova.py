@@ -32,6 +32,6 @@ class Tova(EvictMethod):
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
         received = attention_received(
-            call.query[:, :, -1:], layer.keys, scale=call.scale, starts=layer.starts(call.window)
+            call.query[:, :, -1:], layer.keys, scale=call.scale, softcap=call.softcap, starts=layer.starts(call.window)
         )
         return received if self.per_head else received.mean(1, keepdim=True).expand_as(received)

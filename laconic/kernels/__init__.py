@@ -75,6 +75,7 @@ def vote(
     stop: int | None = None,
     over: str = "layer",
     index: KeyIndex | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Soft vote (TokenSelect, 2024): softmax of the scaled logits per query head over slots starts..stop-1, summed over heads.
 
@@ -90,10 +91,10 @@ def vote(
         if query.device.type == "cpu":
             from laconic.kernels import cpu_index
 
-            return cpu_index.vote(query, index, scale=scale, starts=starts, stop=stop, over=over)
+            return cpu_index.vote(query, index, scale=scale, starts=starts, stop=stop, over=over, softcap=softcap)
         keys = index.keys().to(query.dtype)
     module = _implementation(query, keys)
-    return module.vote(query, keys, scale=scale, starts=starts, stop=stop, over=over)
+    return module.vote(query, keys, scale=scale, starts=starts, stop=stop, over=over, softcap=softcap)
 
 
 def topk(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -118,6 +119,7 @@ def column_sums(
     scale: float,
     starts: torch.Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention probability that each key receives, summed over the query rows, in O(rows-block x n) memory.
 
@@ -130,9 +132,7 @@ def column_sums(
         float32 ``(batch, heads, n)``.
     """
     module = _implementation(query, keys)
-    if module.__name__.endswith("gpu"):
-        module = reference
-    return module.column_sums(query, keys, scale=scale, starts=starts, window=window)
+    return module.column_sums(query, keys, scale=scale, starts=starts, window=window, softcap=softcap)
 
 
 def merge_attention(

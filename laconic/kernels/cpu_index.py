@@ -11,7 +11,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from laconic.kernels import simd
-from laconic.kernels.cpu_common import NEGATIVE, first_slots, grouped, jit, largest, soften, use_threads
+from laconic.kernels.cpu_common import NEGATIVE, cap, first_slots, grouped, jit, largest, soften, use_threads
 from laconic.kernels.cpu_scores import CHUNK, tally, vote_space
 from laconic.kernels.index import QUAD, TILE, ZERO, KeyIndex
 from laconic.kernels.simd import HEADS
@@ -87,7 +87,7 @@ def _tile(query, head, data, tile, bias, steps, scales, scale_at, logits, column
 
 
 @jit(parallel=True)
-def _vote_chunks(query, bias, steps, data, scales, capacity, starts, stop, weights, tops, sums):
+def _vote_chunks(query, bias, steps, data, scales, capacity, starts, stop, softcap, weights, tops, sums):
     """As ``cpu_scores._vote_chunks``, from bytes; ``data`` and ``scales`` are flat, with ``capacity`` tokens per head."""
     batch, kv_heads, group, dim = query.shape
     chunks = tops.shape[3]
@@ -106,11 +106,15 @@ def _vote_chunks(query, bias, steps, data, scales, capacity, starts, stop, weigh
                     )  # fmt: skip
             for g in range(group):
                 row = weights[b, h, g, begin:end]
+                if softcap > 0:
+                    cap(row, softcap)
                 tops[b, h, g, chunk] = largest(row, NEGATIVE)
                 sums[b, h, g, chunk] = soften(row, tops[b, h, g, chunk])
 
 
-def vote(query: torch.Tensor, index: KeyIndex, *, scale: float, starts=None, stop=None, over="layer") -> torch.Tensor:
+def vote(
+    query: torch.Tensor, index: KeyIndex, *, scale: float, starts=None, stop=None, over="layer", softcap=None
+) -> torch.Tensor:
     batch, kv_heads, capacity = index.scales.shape
     use_threads(index.bytes)
     groups = torch.from_numpy(grouped(query, kv_heads))
@@ -122,6 +126,6 @@ def vote(query: torch.Tensor, index: KeyIndex, *, scale: float, starts=None, sto
     first = first_slots(starts, batch, kv_heads)
     _vote_chunks(
         codes.numpy(), bias.numpy(), (units * scale).numpy(), index.data.view(-1).numpy(), index.scales.view(-1).numpy(),
-        capacity, first, stop, weights, tops, sums,
+        capacity, first, stop, np.float32(softcap or 0.0), weights, tops, sums,
     )  # fmt: skip
     return tally(weights, tops, sums, query.shape[1] // kv_heads, first, stop, index.n, over)

@@ -8,6 +8,7 @@ import torch
 
 from laconic.kernels.cpu_common import (
     NEGATIVE,
+    cap,
     first_slots,
     flat,
     grouped,
@@ -28,7 +29,7 @@ MAP_FLOATS = 1 << 21  # logits that column_sums holds at a time
 
 
 @jit(parallel=True)
-def _vote_chunks(query, keys, strides, starts, stop, scale, weights, tops, sums):
+def _vote_chunks(query, keys, strides, starts, stop, scale, softcap, weights, tops, sums):
     """exp(logit - top of its chunk) into ``weights`` (batch, kv_heads, group, any), with tops and sums (..., chunks)."""
     batch, kv_heads, group, _ = query.shape
     chunks = tops.shape[3]
@@ -45,6 +46,8 @@ def _vote_chunks(query, keys, strides, starts, stop, scale, weights, tops, sums)
             row_logits(query[b, h], keys, rows, end - first, scale, weights[b, h], first)
             for g in range(group):
                 row = weights[b, h, g, begin:end]
+                if softcap > 0:
+                    cap(row, softcap)
                 tops[b, h, g, chunk] = largest(row, NEGATIVE)
                 sums[b, h, g, chunk] = soften(row, tops[b, h, g, chunk])
 
@@ -71,7 +74,7 @@ def _gather_votes(weights, shares, group, starts, stop, votes):
                     _add(weights[b, h, g, begin:end], shares[b, h, g, chunk], votes[b, o, begin:end])
 
 
-def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
+def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=None):
     batch, kv_heads, n = keys.shape[:3]
     use_threads(keys.numel() * keys.element_size())
     groups = grouped(query, kv_heads)
@@ -79,7 +82,8 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
     weights, tops, sums = vote_space(groups.shape[:3], n, stop)
     first = first_slots(starts, batch, kv_heads)
     flat_keys, strides = flat(keys)
-    _vote_chunks(groups, flat_keys, strides, first, stop, np.float32(scale), weights, tops, sums)
+    scale, softcap = np.float32(scale), np.float32(softcap or 0.0)
+    _vote_chunks(groups, flat_keys, strides, first, stop, scale, softcap, weights, tops, sums)
     return tally(weights, tops, sums, query.shape[1] // kv_heads, first, stop, n, over)
 
 
@@ -180,13 +184,18 @@ def topk(scores, k):
 
 
 @jit(parallel=True)
-def _soften_rows(logits, rows, bounds, shares):
-    """Row r of ``logits`` (group * rows, any) becomes exp(logit - top) within bounds[r % rows], and its share 1 / sum."""
+def _soften_rows(logits, rows, bounds, softcap, shares):
+    """Row r of ``logits`` (group * rows, any) becomes exp(logit - top) within bounds[r % rows], and its share 1 / sum.
+
+    With softcap > 0 the logits are capped before.
+    """
     for job in nb.prange(logits.shape[0]):
         low, high = bounds[job % rows, 0], bounds[job % rows, 1]
         shares[job] = np.float32(0.0)
         if low < high:
             row = logits[job, low:high]
+            if softcap > 0:
+                cap(row, softcap)
             shares[job] = np.float32(1.0) / soften(row, largest(row, NEGATIVE))
 
 
@@ -203,7 +212,7 @@ def _add_columns(weights, rows, bounds, shares, sums):
                 _add(weights[g * rows + r, low:high], shares[g * rows + r], sums[g, low:high])
 
 
-def column_sums(query, keys, *, scale, starts=None, window=None):
+def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
     batch, heads, count, dim = query.shape
     kv_heads, n = keys.shape[1:3]
     group = heads // kv_heads
@@ -229,6 +238,6 @@ def column_sums(query, keys, *, scale, starts=None, window=None):
                     queries[b, h, :, begin:end].float().reshape(-1, dim) * scale, head_keys[start:stop].T, out=part
                 )
                 logits, shares = part.numpy(), np.empty(part.shape[0], np.float32)
-                _soften_rows(logits, end - begin, bounds, shares)
+                _soften_rows(logits, end - begin, bounds, np.float32(softcap or 0.0), shares)
                 _add_columns(logits, end - begin, bounds, shares, sums[b, h, :, start:stop])
     return torch.from_numpy(sums).view(batch, heads, n)

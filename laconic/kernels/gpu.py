@@ -10,6 +10,7 @@ from laconic.kernels.parts import combine
 
 CHUNK = 1024  # keys per program of the vote
 BLOCK = 64  # keys per step of the inner loop
+SIDE = 64  # rows and columns of a tile of the attention map
 PROGRAMS = 512  # enough to fill the device
 
 
@@ -69,8 +70,9 @@ def _attend(
 @triton.jit
 def _vote_chunks(
     query, keys, starts, weights, tops, sums,
-    kv_heads, group, n, stop, chunks, scale, key_b, key_h, key_n,
-    GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_N: tl.constexpr,
+    kv_heads, group, n, stop, chunks, scale, softcap, key_b, key_h, key_n,
+    HAS_CAP: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK_N: tl.constexpr,
 ):  # fmt: skip
     """One chunk of keys: logits of GROUP heads, and per head their top and the sum of exp(logit - top)."""
     pair, chunk = tl.program_id(0), tl.program_id(1)
@@ -88,6 +90,8 @@ def _vote_chunks(
             keys + b * key_b + h * key_h + slot[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
         ).to(tl.float32)
         logits = tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale
+        if HAS_CAP:
+            logits = softcap * (2 / (1 + tl.exp(-2 * logits / softcap)) - 1)
         logits = tl.where(seen[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -96,6 +100,90 @@ def _vote_chunks(
         tl.store(weights + heads[:, None] * n + slot, logits, mask=(g[:, None] < group) & (slot < n))
     tl.store(tops + heads * chunks + chunk, top, mask=g < group)
     tl.store(sums + heads * chunks + chunk, total, mask=g < group)
+
+
+@triton.jit
+def _map_block(
+    query, keys, b, head, h, rows, slots, count, n, first, window, scale, softcap,
+    query_b, query_h, query_m, key_b, key_h, key_n,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Logits of a block of the attention map, (query rows, slots), -inf where a row does not see a slot."""
+    d = tl.arange(0, PAD_DIM)
+    q = tl.load(
+        query + b * query_b + head * query_h + rows[:, None] * query_m + d,
+        mask=(rows[:, None] < count) & (d < DIM), other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    k = tl.load(
+        keys + b * key_b + h * key_h + slots[:, None] * key_n + d, mask=(slots[:, None] < n) & (d < DIM), other=0.0
+    ).to(tl.float32)
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if HAS_CAP:
+        logits = softcap * (2 / (1 + tl.exp(-2 * logits / softcap)) - 1)
+    at = (n - count + rows)[:, None]  # the slot of a row's own token
+    seen = (slots[None, :] <= at) & (slots[None, :] >= first) & (at >= first) & (rows[:, None] < count)
+    if HAS_WINDOW:
+        seen = seen & (slots[None, :] > at - window)
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def _row_lse(
+    query, keys, starts, lse, heads, group, count, n, window, scale, softcap,
+    query_b, query_h, query_m, key_b, key_h, key_n,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """Log of the softmax denominator of SIDE rows of one query head; +inf for a row that sees nothing."""
+    pair = tl.program_id(0)
+    b, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    h = head // group
+    first = tl.load(starts + b * (heads // group) + h)
+    rows = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    top = tl.full((SIDE,), float("-inf"), tl.float32)
+    total = tl.zeros((SIDE,), tl.float32)
+    begin = tl.maximum(first, 0)
+    if HAS_WINDOW:
+        begin = tl.maximum(begin, n - count + tl.program_id(1) * SIDE - window + 1)
+    for at in range(begin // SIDE * SIDE, tl.minimum(n, n - count + (tl.program_id(1) + 1) * SIDE), SIDE):
+        slots = (at + tl.arange(0, SIDE)).to(tl.int64)
+        logits = _map_block(
+            query, keys, b, head, h, rows, slots, count, n, first, window, scale, softcap,
+            query_b, query_h, query_m, key_b, key_h, key_n, HAS_WINDOW, HAS_CAP, DIM, PAD_DIM,
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(logits, axis=1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - safe) + tl.sum(tl.exp(logits - safe[:, None]), axis=1)
+        top = higher
+    value = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-38)), float("inf"))
+    tl.store(lse + pair.to(tl.int64) * count + rows, value, mask=rows < count)
+
+
+@triton.jit
+def _columns(
+    query, keys, starts, lse, sums, heads, group, count, n, window, scale, softcap,
+    query_b, query_h, query_m, key_b, key_h, key_n,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """Attention that SIDE slots receive from all rows of one query head."""
+    pair = tl.program_id(0)
+    b, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    h = head // group
+    first = tl.load(starts + b * (heads // group) + h)
+    slots = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    received = tl.zeros((SIDE,), tl.float32)
+    begin = tl.maximum(tl.program_id(1) * SIDE - (n - count), 0)  # rows above the diagonal see none of the slots
+    end = count
+    if HAS_WINDOW:
+        end = tl.minimum(count, (tl.program_id(1) + 1) * SIDE + window - (n - count))
+    for row in range(begin // SIDE * SIDE, end, SIDE):
+        rows = (row + tl.arange(0, SIDE)).to(tl.int64)
+        logits = _map_block(
+            query, keys, b, head, h, rows, slots, count, n, first, window, scale, softcap,
+            query_b, query_h, query_m, key_b, key_h, key_n, HAS_WINDOW, HAS_CAP, DIM, PAD_DIM,
+        )  # fmt: skip
+        whole = tl.load(lse + pair.to(tl.int64) * count + rows, mask=rows < count, other=float("inf"))
+        received += tl.sum(tl.exp(logits - whole[:, None]), axis=0)
+    tl.store(sums + pair.to(tl.int64) * n + slots, received, mask=slots < n)
 
 
 def _run(query, keys, values, index, starts, n, scale, softcap):
@@ -131,7 +219,7 @@ def selected_attention(query, keys, values, indices, *, scale, softcap=None):
     return _run(query, keys, values, indices.contiguous(), None, indices.shape[-1], scale, softcap)
 
 
-def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
+def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=None):
     batch, kv_heads, n, dim = keys.shape
     group = query.shape[1] // kv_heads
     stop = n if stop is None else min(stop, n)
@@ -141,8 +229,8 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
     sums = torch.empty_like(tops)
     _vote_chunks[(batch * kv_heads, chunks)](
         query.contiguous(), keys, _starts(starts, keys), weights, tops, sums,
-        kv_heads, group, n, stop, chunks, scale, *keys.stride()[:3],
-        GROUP=max(2, triton.next_power_of_2(group)), DIM=dim, PAD_DIM=triton.next_power_of_2(dim),
+        kv_heads, group, n, stop, chunks, scale, softcap or 1.0, *keys.stride()[:3],
+        HAS_CAP=softcap is not None, GROUP=max(2, triton.next_power_of_2(group)), DIM=dim, PAD_DIM=triton.next_power_of_2(dim),
         BLOCK_N=BLOCK, CHUNK_N=CHUNK,
     )  # fmt: skip
     best = tops.amax(-1, keepdim=True)
@@ -150,3 +238,20 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
     total = ((tops - best).exp() * sums).sum(-1, keepdim=True).clamp(min=1e-38)
     votes = ((weights - best).exp() / total).sum(2)
     return votes.sum(1, keepdim=True) if over == "layer" else votes
+
+
+def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
+    """In two passes over the tiles of the map, none of which is stored: the rows' denominators, then the columns."""
+    batch, heads, count, dim = query.shape
+    n, group = keys.shape[2], heads // keys.shape[1]
+    lse = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
+    sums = torch.empty(batch, heads, n, dtype=torch.float32, device=query.device)
+    first = _starts(starts, keys)
+    sizes = (heads, group, count, n, window or 0, scale, softcap or 1.0, *query.stride()[:3], *keys.stride()[:3])
+    options = {
+        "HAS_WINDOW": window is not None, "HAS_CAP": softcap is not None, "DIM": dim,
+        "PAD_DIM": max(16, triton.next_power_of_2(dim)), "SIDE": SIDE,
+    }  # fmt: skip
+    _row_lse[(batch * heads, triton.cdiv(count, SIDE))](query, keys, first, lse, *sizes, **options)
+    _columns[(batch * heads, triton.cdiv(n, SIDE))](query, keys, first, lse, sums, *sizes, **options)
+    return sums

@@ -42,8 +42,8 @@ def selected_attention(query, keys, values, indices, *, scale, softcap=None):
     return _attend(logits, picked_values, query)
 
 
-def vote(query, keys, *, scale, starts=None, stop=None, over="layer"):
-    logits = _logits(query, keys, scale)
+def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=None):
+    logits = _logits(query, keys, scale, softcap)
     slot = torch.arange(keys.shape[2], device=keys.device)
     if starts is not None:
         logits = logits.masked_fill((slot < starts[..., None])[:, :, None], NEGATIVE)
@@ -62,7 +62,7 @@ def topk(scores, k):
     return chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
 
 
-def column_sums(query, keys, *, scale, starts=None, window=None, rows=128):
+def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, rows=128):
     batch, heads, count, dim = query.shape
     kv_heads, n = keys.shape[1:3]
     grouped = query.view(batch, kv_heads, heads // kv_heads, count, dim)
@@ -78,6 +78,8 @@ def column_sums(query, keys, *, scale, starts=None, window=None, rows=128):
             hidden = hidden | (slot <= row - window)
         part = grouped[..., begin:end, :].float().flatten(2, 3) @ keys[:, :, start:stop].float().transpose(-1, -2)
         logits = part.mul_(scale).view(batch, kv_heads, -1, end - begin, stop - start)
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
         if starts is None:
             logits.masked_fill_(hidden, NEGATIVE)
             sums[..., start:stop] += logits.softmax(-1).sum(3)

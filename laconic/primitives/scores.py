@@ -15,6 +15,7 @@ def attention_received(
     scale: float,
     starts: torch.Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     reduce: str = "mean",
 ) -> torch.Tensor:
     """Causal attention probability that each key receives from the given queries, summed over them.
@@ -27,7 +28,7 @@ def attention_received(
     Returns:
         float32 ``(batch, kv_heads, n)``.
     """
-    columns = kernels.column_sums(query, keys, scale=scale, starts=starts, window=window)
+    columns = kernels.column_sums(query, keys, scale=scale, starts=starts, window=window, softcap=softcap)
     return group(columns, keys.shape[1], reduce)
 
 

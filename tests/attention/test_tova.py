@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attend import Run, attention, held, probabilities, random_qkv, top
+from attend import SCALE, Run, attention, held, probabilities, random_qkv, top
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -31,3 +31,16 @@ def test_what_the_newest_token_attends_to_least_is_dropped(per_head: bool) -> No
                 assert held(run)[row][head] == before[row, head]
     if not per_head:
         assert before[0, 0] == before[0, 1]
+
+
+def test_logits_are_capped_before_they_are_compared() -> None:
+    cap, query, keys = 1.0, *random_qkv(30)[:2]
+    run = Run("tova(per_head=true):6", random_qkv(30), 30, softcap=cap)
+    next(iter(run))
+    for head in range(2):
+        received = torch.zeros(30)
+        for h in (2 * head, 2 * head + 1):
+            logits = keys[0, head] @ query[0, h, -1] * SCALE
+            received += (cap * torch.tanh(logits / cap)).softmax(0)
+        worth = {i: float(w) for i, w in enumerate(received[:-1])}
+        assert held(run)[0][head] == sorted([*top(worth, 5), 29])

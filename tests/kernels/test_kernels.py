@@ -80,12 +80,13 @@ def test_selected_attention(fast, shape, shared):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("over", ["layer", "group"])
-def test_vote(fast, shape, over):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_vote(fast, shape, over, softcap):
     query, keys, _, starts = tensors(shape)
     n = shape[3]
     for first in (None, starts):
         for stop in (None, n - 1):
-            options = {"scale": 1.0, "starts": first, "stop": stop, "over": over}
+            options = {"scale": 1.0, "starts": first, "stop": stop, "over": over, "softcap": softcap}
             close([fast.vote(query, keys, **options)], [reference.vote(query, keys, **options)], torch.float32)
 
 
@@ -146,7 +147,8 @@ def test_topk_with_infinities_and_refusals():
 @pytest.mark.parametrize("rows", [1, 7, 30])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("padded", [True, False])
-def test_column_sums_against_the_map(rows, window, padded):
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_column_sums_against_the_map(fast, rows, window, padded, softcap):
     g = torch.Generator().manual_seed(1)
     n, query, keys = 30, torch.randn(2, 4, rows, 8, generator=g), torch.randn(2, 2, 30, 8, generator=g)
     starts = torch.tensor([[0, 0], [6, 6]]) if padded else None
@@ -158,11 +160,21 @@ def test_column_sums_against_the_map(rows, window, padded):
                 first = max(int(starts[b, h // 2]) if padded else 0, at - window + 1 if window else 0)
                 if first <= at and (not padded or at >= starts[b, h // 2]):
                     logits = keys[b, h // 2, first : at + 1] @ query[b, h, r] * 0.4
+                    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
                     expected[b, h, first : at + 1] += logits.softmax(0)
-    got = kernels.column_sums(query, keys, scale=0.4, starts=starts, window=window)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    blocked = reference.column_sums(query, keys, scale=0.4, starts=starts, window=window, rows=4)
+    options = {"scale": 0.4, "starts": starts, "window": window, "softcap": softcap}
+    torch.testing.assert_close(fast.column_sums(query, keys, **options), expected, atol=1e-5, rtol=1e-5)
+    blocked = reference.column_sums(query, keys, **options, rows=4)
     torch.testing.assert_close(blocked, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "window"), [(150, None), (150, 70), (65, 70), (150, 3)])
+def test_column_sums_over_several_tiles(fast, rows, window):
+    g = torch.Generator().manual_seed(2)
+    query, keys = torch.randn(1, 4, rows, 20, generator=g), torch.randn(1, 2, 180, 20, generator=g)[:, :, :150]
+    options = {"scale": 0.5, "starts": torch.tensor([[9, 70]]), "window": window}
+    expected = reference.column_sums(query, keys, **options)
+    torch.testing.assert_close(fast.column_sums(query, keys, **options), expected, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
