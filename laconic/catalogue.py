@@ -29,6 +29,7 @@ def method_page(row: dict[str, Any]) -> Group:
         f"{name}: {', '.join([row['stage'], *row['verbs']])}\n"
         f"Paper: {row['paper']}\nNeeds: {row['needs']}\nGuarantee: {row['guarantee']}\n\n{row['text']}\n"
     )
+    head += "".join(f"\nMeasured, {sentence}" for sentence in row["measured"]) + "\n" * bool(row["measured"])
     lines = [(item["name"], item["type"], str(item["default"]), item["help"]) for item in row["parameters"]]
     others = [item for item in row["parameters"] if item["name"] != "budget"]
     recipe = f"Recipe: {name}:10%" + (f" or {name}({others[0]['name']}={others[0]['default']}):256" if others else "")

@@ -135,6 +135,10 @@ def compare(
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different run in --output.")] = False,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="cards: measure what each of --methods (by default all) is expected to show."),
+    ] = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")] = False,
     debug: Debug = False,
@@ -155,7 +159,11 @@ def compare(
       laconic compare --model PATH_OR_HUB_ID --task mine.jsonl
       laconic compare --question after --output after-report
       laconic compare --methods "tokenselect(refresh=0.8)" --json
+      laconic compare --suite cards --methods quest,snapkv
     """
+    if suite is not None:
+        _suite(suite, _split(methods), model, output, samples, overwrite, as_json, quiet)
+        return
     from laconic.evaluation.compare import compare as run
     from laconic.evaluation.provenance import shell_command
 
@@ -185,6 +193,24 @@ def compare(
         console = _console()
         console.print(report.table(ratios=console.width >= 120))
     print(f"Report: {report.html}")
+
+
+def _suite(
+    suite: str, methods: list[str] | None, model: str, output: Path, samples: int | None, overwrite: bool, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Measures the claims of methods and prints which hold."""
+    from laconic.evaluation.suite import outcome_table, run_suite
+
+    rows = run_suite(
+        suite, methods, model=model, output=output, samples=samples, overwrite=overwrite, progress=not quiet
+    )
+    if as_json:
+        _print_json(rows)
+        return
+    if not quiet:
+        _console().print(outcome_table(rows))
+    print(f"{sum(row['holds'] for row in rows)} of {len(rows)} claims hold; all are in {output / 'outcomes.jsonl'}")
 
 
 def _console():

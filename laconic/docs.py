@@ -40,7 +40,9 @@ def _section(row: dict[str, Any]) -> str:
         if item["name"] != "budget"
     ]
     table = f"\n{_table(('parameter', 'type', 'default', 'meaning'), lines)}\n" if lines else ""
-    return f"### {row['id']}\n\n{row['text'].replace('``', '`')}\n\n{facts}\n{table}"
+    measured = "".join(f"- {sentence}\n" for sentence in row["measured"])
+    measured = f"\nMeasured:\n\n{measured}" if measured else ""
+    return f"### {row['id']}\n\n{row['text'].replace('``', '`')}\n\n{facts}\n{table}{measured}"
 
 
 def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from laconic.budget import Budget
+from laconic.claims import Claim, outcome_sentence, outcomes
 from laconic.errors import LaconicError, quote
 
 GUARANTEES = ("exact", "exact in distribution", "properly weighted", "lossy")
 NEEDS = ("nothing", "calibration", "training")
 
 
-def parameter(default: Any, help: str, *, least: float | None = None) -> Any:
-    """A dataclass field with a default, one line of help, which the catalogue shows, and the ``least`` value allowed."""
-    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+def parameter(default: Any, help: str, *, least: float | None = None, search: Sequence[Any] | None = None) -> Any:
+    """A dataclass field with a default, one line of help, which the catalogue shows, and the ``least`` value allowed.
+
+    ``search``: the values that ``laconic tune`` tries beside the default; without it both of a bool, and half and double of
+    a number. An empty one leaves the parameter alone.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "search": search})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,7 @@ class Method:
     needs: ClassVar[str] = "nothing"
     guarantee: ClassVar[str] = "lossy"
     verbs: ClassVar[tuple[str, ...]] = ()
+    claims: ClassVar[tuple[Claim, ...]] = ()  # what it is expected to show; measured by laconic compare --suite cards
 
     budget: Budget = parameter(  # noqa: RUF009 (returns a dataclass field)
         Budget(share=1.0), "tokens (256) or share (10%) kept per KV head and layer")
@@ -63,7 +70,7 @@ class Method:
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """The catalogue row: id, stage, paper, needs, guarantee, verbs, parameters, summary, text."""
+        """The catalogue row: id, stage, paper, needs, guarantee, verbs, parameters, summary, text, measured."""
         text = inspect.cleandoc(cls.__doc__ or "")
         return {
             "id": cls.id,
@@ -83,6 +90,7 @@ class Method:
             ],
             "summary": text.split("\n\n")[0].replace("\n", " "),
             "text": text,
+            "measured": [outcome_sentence(row) for row in outcomes().get(cls.id, [])],
         }
 
 

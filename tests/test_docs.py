@@ -33,7 +33,7 @@ def test_every_method_has_a_line_and_a_section_with_its_parameters() -> None:
 def test_bars_do_not_break_the_table() -> None:
     parameter = {"name": "a", "type": "int", "default": 1, "help": "x | y"}
     row = {"id": "m", "stage": "s", "verbs": [], "guarantee": "lossy", "needs": "nothing", "paper": "p"}
-    text = catalogue_markdown([{**row, "summary": "``a|b``", "text": "t", "parameters": [parameter]}])
+    text = catalogue_markdown([{**row, "summary": "``a|b``", "text": "t", "parameters": [parameter], "measured": ["holds: x"]}])
     assert "| `a\\|b` |" in text and "| x \\| y |" in text
 
 

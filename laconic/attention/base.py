@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import Method, parameter
 from laconic.primitives.select import keep_top
 from laconic.selection import Selection
@@ -49,6 +50,7 @@ class AttentionMethod(Method):
     """
 
     stage: ClassVar[str] = "attention"
+    claims: ClassVar[tuple[Claim, ...]] = (Claim("random"), Claim("streaming"))  # what any score must be better than
 
     def quota(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Tokens that may stay per row, ``(batch,)``; never more than a row has visible."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from laconic.attention.base import AttentionMethod
+from laconic.claims import Claim
 from laconic.registry import register
 
 
@@ -20,6 +21,7 @@ class Dense(AttentionMethod):
 
     id: ClassVar[str] = "dense"
     paper: ClassVar[str] = "Attention Is All You Need (2017)"
+    claims: ClassVar[tuple[Claim, ...]] = ()
     guarantee: ClassVar[str] = "exact"
 
     def check(self) -> None:

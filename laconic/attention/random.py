@@ -9,6 +9,7 @@ import torch
 
 from laconic.attention.base import Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.scores import hashed_uniform
 from laconic.registry import register
@@ -25,6 +26,7 @@ class Random(EvictMethod):
 
     id: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline"
+    claims: ClassVar[tuple[Claim, ...]] = ()
     reads_keys: ClassVar[bool] = False
 
     seed: int = parameter(0, "which random numbers")

@@ -9,6 +9,7 @@ import torch
 
 from laconic.attention.base import Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.registry import register
 
@@ -24,6 +25,7 @@ class Streaming(EvictMethod):
 
     id: ClassVar[str] = "streaming"
     paper: ClassVar[str] = "Efficient Streaming Language Models with Attention Sinks (2023)"
+    claims: ClassVar[tuple[Claim, ...]] = (Claim("random"),)
     reads_keys: ClassVar[bool] = False
 
     recent: int = parameter(1, "newest tokens that are kept before the budget is looked at", least=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +13,16 @@ from laconic.budget import Budget
 from laconic.errors import LaconicError
 from laconic.evaluation import measure
 from laconic.evaluation.plan import Cell, plan
+from laconic.evaluation.progress import Advance, progress_bar
 from laconic.evaluation.provenance import identify, machine
+from laconic.evaluation.quality import share_kept
 from laconic.evaluation.results import ResultStore, prepare_directory
-from laconic.evaluation.workload import Work, open_model, open_work
+from laconic.evaluation.workload import Work, check_options, open_model, open_work
 from laconic.method import GUARANTEES, Method
 from laconic.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Advance = Callable[[str, int], None]
-
 
 @dataclass
 class Report:
@@ -48,15 +47,7 @@ class Report:
         is any numeric column: bytes_read, bytes_kept, decode_s, peak_bytes, ...
         """
         dense = next(row for row in self.rows if row["method"] == "dense")
-
-        def good(row: dict[str, Any]) -> bool:
-            if dense["quality"] is None:
-                return row["fidelity"] >= keep
-            if row["quality_name"] == "perplexity":
-                return dense["quality"] >= keep * row["quality"]
-            return row["quality"] >= keep * dense["quality"]
-
-        candidates = [row for row in self.rows if row.get(cost) is not None and good(row)]
+        candidates = [row for row in self.rows if row.get(cost) is not None and share_kept(row, dense) >= keep]
         return min(candidates, key=lambda row: row[cost], default=None)
 
 
@@ -101,11 +92,7 @@ def compare(
     Raises:
         LaconicError: for anything that the user can mend, in one sentence.
     """
-    if question not in ("seen", "after"):
-        raise LaconicError(f"question is '{question}': use 'seen' or 'after'.")
-    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise LaconicError(f"{name.replace('_', '-')} is {value}: give 1 or more, or leave it out.")
+    check_options(question=question, samples=samples, max_new_tokens=max_new_tokens)
     cells = plan(methods, budgets)
     directory = Path(output)
     prepare_directory(directory)
@@ -159,9 +146,12 @@ class _Run:
         network.eval()
         todo = [cell for cell in self.cells if self.store.finished(cell.key) is None]
         try:
-            with _progress(progress, todo, sum(item.cost for item in self.work.items)) as advance:
+            total = len(todo) * sum(item.cost for item in self.work.items)
+            with progress_bar(progress, total, "dense") as advance:
                 self._measure(todo, advance)
         except KeyboardInterrupt:
+            with contextlib.suppress(LaconicError):  # a page of what is there, if there is room for it
+                _write_page(self.store.directory)
             raise Interrupted(self._how_to_resume()) from None
         finally:
             network.train(training)
@@ -219,25 +209,6 @@ def _length_notes(network: Any, items: list[measure.Item]) -> list[str]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-@contextlib.contextmanager
-def _progress(show: bool, todo: list[Cell], cost: int) -> Iterator[Advance]:
-    """A progress bar on stderr that counts tokens; yields ``advance(label, tokens)``."""
-    if not show or not todo:
-        yield lambda label, tokens: None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description:<26}"), progress.BarColumn(), progress.TaskProgressColumn(),
-        progress.TextColumn("[dim]elapsed"), progress.TimeElapsedColumn(),
-        progress.TextColumn("[dim]left"), progress.TimeRemainingColumn(),
-    )  # fmt: skip
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        handle = bar.add_task("dense", total=cost * len(todo))
-        yield lambda label, tokens: bar.update(handle, description=label, advance=tokens)
 
 
 def _write_page(directory: Path) -> Path:

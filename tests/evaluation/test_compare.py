@@ -125,12 +125,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny, task: str, tmp_path: 
         measured.append(str(recipe))
         return real(runner, items, metric, recipe, advance)
 
+    pages: list[Path] = []
     monkeypatch.setattr(measure, "measure_cell", counted)
+    monkeypatch.setattr(module, "_write_page", lambda directory: pages.append(directory) or directory / "index.html")
     output = tmp_path / "report"
     with pytest.raises(KeyboardInterrupt, match=r"3 of 5 cells are kept .* run the same command again"):
         run(tiny, task, output)
     kept = on_disk(output)
     assert [r["recipe"] for r in kept] == ["dense", "h2o:24", "h2o:50%"]
+    assert pages == [output], "there is a page of what is kept"
     assert json.loads((output / "run.json").read_text())["finished"] is None
     with open(output / "results.jsonl", "a") as file:
         file.write('{"run": "torn')  # what kill -9 in the middle of a write leaves
