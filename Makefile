@@ -31,7 +31,7 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(VENV)/bin/python -m laconic.docs docs/methods.md
-	$(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) laconic-report build dist *.egg-info

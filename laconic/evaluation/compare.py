@@ -85,7 +85,8 @@ def compare(
         question: ``seen`` prefills the whole prompt; ``after`` prefills the context only, so that what is evicted in
             prefill is chosen without having seen the question.
         max_new_tokens: overrides the examples' own limit (for perplexity: the scored tokens).
-        device, dtype: where and as what a model given by name is loaded; by default a GPU if there is one, as stored.
+        device: where a model given by name is loaded; by default a GPU if there is one.
+        dtype: as what it is loaded; by default as stored.
         output: the report directory. A run that was interrupted goes on where it stopped; ``overwrite`` starts afresh.
         command: how the report says it was made; by default this call.
 
