@@ -14,12 +14,13 @@ from laconic.recipe import Recipe
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer in decoding, fp32, batch 1; ``tokens`` are in the cache before the first step."""
+    """A layer in decoding, batch 1; ``tokens`` are in the cache before the first step."""
 
     tokens: int
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
+    dtype: torch.dtype = torch.float32
 
     @property
     def scale(self) -> float:
@@ -28,23 +29,27 @@ class Shape:
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
-        return 2 * self.kv_heads * self.tokens * self.head_dim * 4
+        return 2 * self.kv_heads * self.tokens * self.head_dim * self.dtype.itemsize
 
     def describe(self) -> dict[str, int | str]:
         return {
             "tokens": self.tokens, "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim,
-            "dtype": "float32", "cache_bytes": self.cache_bytes,
+            "dtype": str(self.dtype).removeprefix("torch."), "cache_bytes": self.cache_bytes,
         }  # fmt: skip
 
     def filled(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Random keys and values ``(1, kv_heads, tokens, head_dim)``."""
         size = (1, self.kv_heads, self.tokens, self.head_dim)
-        return torch.randn(size, generator=generator), torch.randn(size, generator=generator)
+        keys, values = (torch.empty(size, dtype=self.dtype) for _ in range(2))
+        for part in (*keys[0], *values[0]):
+            part.copy_(torch.randn(part.shape, generator=generator))
+        return keys, values
 
     def incoming(self, count: int, generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Random query, key and value of ``count`` steps: ``(1, heads or kv_heads, 1, head_dim)``."""
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        return [tuple(torch.randn(1, h, 1, self.head_dim, generator=generator) for h in heads) for _ in range(count)]
+        sizes = [(1, h, 1, self.head_dim) for h in heads]
+        return [tuple(torch.randn(size, generator=generator).to(self.dtype) for size in sizes) for _ in range(count)]
 
     @property
     def module(self) -> SimpleNamespace:
@@ -71,20 +76,40 @@ class StockStep:
 
 
 class OurStep:
-    """What ``laconic.apply(model, recipe)`` puts in their place: our cache and our attention function."""
+    """What ``laconic.apply(model, recipe)`` puts in their place: our cache and our attention function.
 
-    def __init__(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, incoming: list, recipe: str) -> None:
+    With ``layers`` above 1 a step goes through that many layers, for methods that hand a choice from layer to layer. All
+    layers lie in the same memory, which is far larger than what a processor keeps near: each is read from memory anew.
+    """
+
+    def __init__(
+        self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, incoming: list, recipe: str, layers: int = 1
+    ) -> None:
         self.shape, self.incoming = shape, incoming
-        self.cache = KVCache(1)
+        self.cache = KVCache(layers)
         self.cache.request.policy = Policy(Recipe.parse(recipe).methods)
         self.cache.update(keys, values, 0)
+        for layer in self.cache.layers[1:]:
+            layer.update(keys[:, :, :1], values[:, :, :1])
+            for name in ("_keys", "_values", "_positions"):
+                own, first = getattr(layer, name), getattr(self.cache.layers[0], name)
+                own._data, own.n = first._data, first.n
+            layer.seen = self.cache.layers[0].seen
 
     def __call__(self, i: int) -> torch.Tensor:
-        """Output ``(1, 1, heads, head_dim)`` of step ``i``."""
+        """Output ``(1, 1, heads, head_dim)`` of step ``i`` in the last layer."""
         query, key, value = self.incoming[i]
-        keys, values = self.cache.update(key, value, 0)
-        return attention_forward(self.shape.module, query, keys, values, None, scaling=self.shape.scale)[0]
+        for layer in range(len(self.cache.layers)):
+            keys, values = self.cache.update(key, value, layer)
+            output = attention_forward(self.shape.module, query, keys, values, None, scaling=self.shape.scale)[0]
+        return output
 
     @property
     def layer(self) -> KVLayer:
         return self.cache.layers[0]
+
+    @property
+    def bytes_read(self) -> float:
+        """Of the last step, per layer."""
+        figures = self.cache.request.figures.values()
+        return sum(figure["bytes_read"] for figure in figures) / len(figures)

@@ -39,6 +39,18 @@ def test_stock_and_our_step_answer_alike() -> None:
     assert ours.layer.keys[:, :, :70].numel() * 2 * 4 == shape.cache_bytes
 
 
+def test_layers_in_the_same_memory_answer_like_one_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = Shape(70, heads=4, kv_heads=2, head_dim=16)
+    keys, values = shape.filled(generator)
+    incoming = shape.incoming(3, generator)
+    one, three = (OurStep(shape, keys, values, incoming, "tokenselect(refresh=2):32", layers) for layers in (1, 3))
+    for i in range(3):
+        torch.testing.assert_close(three(i), one(i))
+    assert [layer.n for layer in three.cache.layers] == [73] * 3
+    assert three.cache.layers[2].keys.data_ptr() == three.layer.keys.data_ptr() and three.bytes_read == one.bytes_read
+
+
 def test_attention_mass_equals_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = Shape(60, heads=4, kv_heads=2, head_dim=16)
