@@ -36,7 +36,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         debug = options.get("debug", False)
         try:
-            if command.__name__ in ("compare", "generate") and not debug:
+            if command.__name__ in ("compare", "generate", "tune") and not debug:
                 _silence_libraries()
             command(**options)
             sys.stdout.flush()
@@ -115,7 +115,9 @@ def compare(
     model: Model = "needle",
     task: Annotated[
         str,
-        typer.Option("--task", "-t", help="needle, multi_needle, threads, kv_recall, perplexity:FILE, or FILE.jsonl"),
+        typer.Option(
+            "--task", "-t", help="needle, multi_needle, threads, kv_recall, long_generation, perplexity:FILE, or FILE.jsonl"
+        ),
     ] = "needle",
     methods: Annotated[
         str | None, typer.Option("--methods", help="Names or recipes, separated by commas (see laconic methods).")
@@ -158,6 +160,7 @@ def compare(
       laconic compare --methods tokenselect,h2o --budgets 64,5%,10%
       laconic compare --model PATH_OR_HUB_ID --task mine.jsonl
       laconic compare --question after --output after-report
+      laconic compare --task long_generation --max-new-tokens 2000 --budgets 128,256
       laconic compare --methods "tokenselect(refresh=0.8)" --json
       laconic compare --suite cards --methods quest,snapkv
     """
@@ -218,6 +221,90 @@ def _console():
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+@app.command()
+@guarded
+def tune(
+    model: Model = "needle",
+    task: Annotated[str, typer.Option("--task", "-t", help="As in laconic compare: a name, or FILE.jsonl")] = "needle",
+    keep: Annotated[str, typer.Option("--keep", help="Share of the dense quality to keep: 99% or 0.99.")] = "99%",
+    cost: Annotated[
+        str, typer.Option("--cost", help="read: bytes read per step; kept: bytes of the cache; time: of a decode step.")
+    ] = "read",
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Names or recipes to tune, separated by commas; by default all methods.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="The only budgets to try; by default shares from 0.5% to 80%.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="Recipes to try; by default 40 and one for every method.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run.")] = Path("laconic-tune"),
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Number of prompts: half to search, half to check. 60 for built-in tasks.")
+    ] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="Prompt lengths (built-in tasks): 1024,4096")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the prompts, of their split and of the search.")] = 0,
+    question: Annotated[
+        str,
+        typer.Option("--question", help="seen: prefill the whole prompt; after: choose before seeing the question."),
+    ] = "seen",
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different run in --output.")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Find the cheapest recipe that keeps the quality: it searches methods, budgets and parameters on half of the prompts.
+
+    The other half checks the claim; without answers, quality is the fidelity to dense. The recipe is a file for apply,
+    generate and Recipe.load. Every tried recipe is on disk at once: after Ctrl-C or a crash the same command goes on.
+
+    \b
+    Examples:
+      laconic tune
+      laconic tune --keep 95% --cost kept --methods snapkv,h2o
+      laconic tune --model PATH_OR_HUB_ID --task mine.jsonl
+      laconic tune --methods "snapkv + tokenselect" --trials 80
+      laconic generate --method laconic-tune/recipe.json < long.txt
+    """
+    from laconic.evaluation.provenance import shell_command
+    from laconic.evaluation.tune import tune as run
+    from laconic.evaluation.tune_tables import cost_line, tried_table
+
+    tuned = run(
+        model,
+        keep=keep,
+        cost=cost,
+        methods=_split(methods),
+        budgets=_split(budgets),
+        trials=trials,
+        task=task,
+        samples=samples,
+        lengths=_whole_numbers(lengths, "--lengths"),
+        seed=seed,
+        question=question,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        output=output,
+        overwrite=overwrite,
+        progress=not quiet,
+        command=shell_command(sys.argv[1:]),
+    )
+    for note in tuned.run["notes"]:
+        print(f"Note: {note}", file=sys.stderr)
+    if as_json:
+        _print_json(tuned.as_dict())
+        return
+    if not quiet:
+        console = _console()
+        console.print(tried_table(tuned))
+    print(f"Recipe: {tuned}\n{cost_line(tuned)}\n{tuned.verdict.sentence}\nFile: {tuned.path}")
 
 
 @app.command()

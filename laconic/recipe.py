@@ -48,11 +48,14 @@ class Recipe:
     def __str__(self) -> str:
         return " + ".join(str(method) for method in self.methods)
 
+    def parts(self) -> list[dict[str, Any]]:
+        """One dict per method, in JSON types: what a recipe file has under ``recipe``."""
+        return [{"method": m.id, "budget": str(m.budget), **m.parameters()} for m in self.methods]
+
     def save(self, path: str | Path) -> None:
         """Writes JSON, or YAML when the name ends in .yaml or .yml."""
-        parts = [{"method": m.id, "budget": str(m.budget), **m.parameters()} for m in self.methods]
         try:
-            Path(path).write_text(_dump({"recipe": parts}, path), encoding="utf-8")
+            Path(path).write_text(_dump({"recipe": self.parts()}, path), encoding="utf-8")
         except OSError as error:
             raise LaconicError(f"The recipe cannot be written to {path}: {error.strerror}.") from error
 

@@ -239,7 +239,7 @@ def test_usage_errors_exit_2() -> None:
     assert runner.invoke(app, ["no-such-command"]).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["compare", "generate", "methods", "bench"])
+@pytest.mark.parametrize("command", ["compare", "tune", "generate", "methods", "bench"])
 def test_help_teaches_by_example(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0 and f"laconic {command}" in result.stdout.split("Examples")[1]

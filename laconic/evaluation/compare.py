@@ -79,7 +79,8 @@ def compare(
         model: the name of a built-in model, a path, a hub id, or ``(model, tokenizer)``.
         methods: names, recipes ("tokenselect:256" brings its own budget) or methods. Dense is always measured.
         budgets: tokens (256) or shares kept (10%); each name in ``methods`` runs at each.
-        task: needle, multi_needle, threads, kv_recall, perplexity[:FILE], or the path of a JSONL file.
+        task: needle, multi_needle, threads, kv_recall, perplexity[:FILE], long_generation[:FILE], or the path of a JSONL
+            file. Where 64 tokens and more are generated, rows also say how fidelity and cache fare along the text.
         samples: number of examples in all. lengths: prompt lengths in tokens (built-in tasks).
         seed: of the task's examples and of methods that draw numbers.
         question: ``seen`` prefills the whole prompt; ``after`` prefills the context only, so that what is evicted in
@@ -135,7 +136,7 @@ class _Run:
             "budgets": list(dict.fromkeys(cell.budget for cell in cells)),
             "skipped": [],
             "notes": self.notes,
-            "started": store.started or _now(),
+            "started": store.started or now(),
             "finished": None,
         }
 
@@ -156,7 +157,7 @@ class _Run:
             raise Interrupted(self._how_to_resume()) from None
         finally:
             network.train(training)
-        self.header["finished"] = _now()
+        self.header["finished"] = now()
         self.store.write_header(self.header)
         rows = [row for cell in self.cells if (row := self.store.finished(cell.key))]
         return Report(self.store.directory, rows, self.header, _write_page(self.store.directory), self.notes)
@@ -208,7 +209,7 @@ def _length_notes(network: Any, items: list[measure.Item]) -> list[str]:
     return [f"The longest example takes {longest} tokens with its answer; the model was made for {limit}."]
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

@@ -13,7 +13,8 @@ class Example:
     ``answer``: one right answer, or several of which any counts (for the metric ``regex``: patterns); None when only
     fidelity is measured. ``question``: the end of the prompt, so that ``prompt[: -len(question)]`` is the context.
     ``max_new_tokens``: for perplexity the most tokens scored. ``meta``: where in a task's grid the example lies
-    (``length`` in tokens, ``depth`` as a share 0..1, ``hops``, ...), in JSON types.
+    (``length`` in tokens, ``depth`` as a share 0..1, ``hops``, ...), in JSON types. ``draw``: a seed with which the dense
+    model draws its text, to the full length and past the end mark; without it the text is greedy and stops there.
     """
 
     prompt: str
@@ -22,6 +23,7 @@ class Example:
     question: str | None = None
     max_new_tokens: int = 32
     meta: dict[str, Any] = field(default_factory=dict)
+    draw: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Every example runs the same way. The prompt is prefilled in one forward, as ``generate`` does it (with ``question="after"``
 only the context, and the rest of the prompt comes token by token); every further token is a decode step of one token.
-Decode steps are *forced* along the dense model's greedy continuation, so that the distributions of both can be compared
+Decode steps are *forced* along the dense model's continuation, so that the distributions of both can be compared
 step by step. As long as a method's most likely token is the forced one, its own greedy text is the same; at the first
 difference its own text goes on from a fork of the cache.
 """
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +22,13 @@ import torch
 
 from laconic.errors import LaconicError
 from laconic.evaluation import metrics
+from laconic.evaluation.blocks import along
 from laconic.evaluation.memory import PeakMemory
 
 # Above this, the dense log-probabilities that all cells are compared with are held in half precision.
 REFERENCE_BYTES = 1 << 30
+# Steps whose distributions are compared at a time: long texts of large vocabularies would need many copies.
+STEPS = 256
 
 
 @dataclass
@@ -58,20 +60,23 @@ class Trace:
     stats: list[dict[str, Any]] = field(default_factory=list)  # the cache's figures, per forced step
     masses: list[float | None] = field(default_factory=list)  # attention mass not read or evicted, per forced step
 
-    @functools.cached_property
+    agrees: list[bool] = field(default_factory=list)  # filled by judge: same most likely token as dense, per forced token
+    kls: list[float] = field(default_factory=list)  # filled by judge: divergence from dense in nats, per forced token
+
+    @property
     def log_probs(self) -> torch.Tensor:
         """Log-probabilities (T, V) along the forced tokens."""
-        log_probs = torch.stack(self.logits).log_softmax(-1)
-        if bool(torch.isnan(log_probs).any()):
-            raise LaconicError(
-                "The model's logits are not numbers (NaN): load it in float32, or leave this method out."
-            )
-        return log_probs
+        return torch.cat(list(self.stretches()))
 
-    def release(self) -> None:
-        """Forgets the distributions, the large part."""
-        self.logits.clear()
-        self.__dict__.pop("log_probs", None)
+    def stretches(self) -> Iterator[torch.Tensor]:
+        """The log-probabilities in pieces of at most ``STEPS`` tokens."""
+        for begin in range(0, len(self.logits), STEPS):
+            log_probs = torch.stack(self.logits[begin : begin + STEPS]).log_softmax(-1)
+            if bool(torch.isnan(log_probs).any()):
+                raise LaconicError(
+                    "The model's logits are not numbers (NaN): load it in float32, or leave this method out."
+                )
+            yield log_probs
 
 
 class Runner:
@@ -84,6 +89,8 @@ class Runner:
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.stop = stop_ids(model, tokenizer)
+        config: Any = model.config
+        self.layers: int = config.get_text_config().num_hidden_layers
 
     def forward(self, tokens: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any, float]:
         """Logits (V,) float32 after ``tokens``, the cache, and the seconds it took."""
@@ -101,22 +108,23 @@ class Runner:
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def run(self, item: Item, handle: Any = None, *, fork: bool = True) -> Trace:
-        """Prefill, then decode along ``item.forced``, or along the greedy choice where that is not known yet.
+    def run(self, item: Item, handle: Any = None, *, lean: bool = False) -> Trace:
+        """Prefill, then decode along ``item.forced``, or along the model's own choice where that is not known yet.
 
-        Where the method's own greedy choice leaves the forced tokens, its own text goes on from a fork of the cache;
-        with ``fork=False`` it stops there, and no copy of the cache is made.
+        Where the method's own greedy choice leaves the forced tokens, its own text goes on from a fork of the cache. A
+        ``lean`` run makes no copy of the cache and keeps no distributions, which are no memory of the method.
         """
         logits, cache, steps, prefill_s = self._prompt(item)
         trace = Trace([], [], [], prefill_s, steps)
-        branch = None
+        branch, pick = None, self._picker(item)
         cut = (handle.stats()["dropped_mass"] or 0.0) if handle is not None else 0.0  # what evicting the prompt took
         while True:
-            trace.logits.append(logits)
+            if not lean:
+                trace.logits.append(logits)
             choice = int(logits.argmax())
-            token = choice if item.forced is None else item.forced[len(trace.forced)]
+            token = pick(logits) if item.forced is None else item.forced[len(trace.forced)]
             if choice != token and not trace.own and item.example.answer is not None:
-                trace.own, branch = [*trace.forced, choice], fork_cache(cache) if fork else None
+                trace.own, branch = [*trace.forced, choice], None if lean else fork_cache(cache)
             trace.forced.append(token)
             if len(trace.forced) == (item.limit if item.forced is None else len(item.forced)):
                 break
@@ -134,6 +142,20 @@ class Runner:
             self._continue(trace.own, branch, item.limit)
         trace.own = trace.own or trace.forced
         return trace
+
+    def _picker(self, item: Item) -> Callable[[torch.Tensor], int]:
+        """How the dense text goes on: the likeliest token, or one that is drawn, which is never the end."""
+        if item.example.draw is None:
+            return lambda logits: int(logits.argmax())
+        # on the CPU, so that the same seed draws the same text on every device
+        generator, stop = torch.Generator().manual_seed(item.example.draw), sorted(self.stop)
+
+        def draw(logits: torch.Tensor) -> int:
+            shares = logits.softmax(-1).cpu()
+            shares[stop] = 0.0
+            return int(torch.multinomial(shares, 1, generator=generator))
+
+        return draw
 
     def _prompt(self, item: Item) -> tuple[torch.Tensor, Any, list[float], float]:
         """The prompt: logits after it, the cache, seconds per decode step in it, seconds of the prefill."""
@@ -208,31 +230,34 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def keep_reference(item: Item, trace: Trace, items: int) -> None:
     """Stores the dense run of an item, in half precision where all ``items`` of them would not fit well."""
     item.forced = trace.forced
-    large = trace.log_probs.numel() * 4 * items > REFERENCE_BYTES
-    item.dense = trace.log_probs.to(torch.float16 if large else torch.float32)
+    large = len(trace.logits) * trace.logits[0].numel() * 4 * items > REFERENCE_BYTES
+    item.dense = torch.cat([part.to(torch.float16 if large else torch.float32) for part in trace.stretches()])
 
 
 def judge(runner: Runner, item: Item, trace: Trace, metric: str | None) -> dict[str, Any]:
     """The row of one example: fidelity (top-1 agreement), kl (nats), and correct, prediction or perplexity."""
     if item.dense is None:
         raise ValueError("keep_reference comes first")
-    dense = item.dense.float().log_softmax(-1)
-    example = item.example
+    example, chosen = item.example, 0.0
+    for begin, log_probs in zip(range(0, len(trace.forced), STEPS), trace.stretches(), strict=True):
+        dense = item.dense[begin : begin + STEPS].float().log_softmax(-1)
+        trace.agrees += metrics.top1(dense, log_probs).tolist()
+        trace.kls += metrics.kl(dense, log_probs).tolist()
+        tokens = torch.tensor(trace.forced[begin : begin + STEPS], device=log_probs.device)
+        chosen += float(log_probs.gather(1, tokens[:, None]).sum())
     # What the prefill itself predicts is no merit of the method: it counts only where nothing else was predicted.
     free = int(item.prefill == len(item.ids) and len(trace.forced) > 1)
     row: dict[str, Any] = {
         "meta": dict(example.meta),
         "tokens": len(item.ids),
         "correct": None,
-        "fidelity": float(metrics.top1(dense, trace.log_probs)[free:].float().mean()),
-        "kl": float(metrics.kl(dense, trace.log_probs)[free:].mean()),
+        "fidelity": _mean(trace.agrees[free:]),
+        "kl": _mean(trace.kls[free:]),
         "prediction": None,
         "answer": example.answer,
     }
     if metric == "perplexity":
-        steps = torch.arange(len(trace.forced), device=trace.log_probs.device)
-        chosen = trace.log_probs[steps, torch.tensor(trace.forced, device=steps.device)]
-        row.update(nll=float(-chosen.sum()), scored=len(trace.forced))
+        row.update(nll=-chosen, scored=len(trace.forced))
     elif metric is not None and example.answer is not None:
         row["prediction"] = runner.text(trace.own)
         row["correct"] = metrics.score(metric, row["prediction"], example.answer, example.choices)
@@ -252,36 +277,49 @@ def warm_up(runner: Runner, item: Item, recipe: Any, tokens: int = 1024, steps: 
 
 
 def measure_cell(
-    runner: Runner, items: Sequence[Item], metric: str | None, recipe: Any, advance: Callable[[int], None]
+    runner: Runner,
+    items: Sequence[Item],
+    metric: str | None,
+    recipe: Any,
+    advance: Callable[[int], None],
+    enough: Callable[[dict[str, Any]], bool] | None = None,
 ) -> dict[str, Any]:
     """Runs all items under a recipe and returns the measured part of the cell's row.
 
     Times are means over the examples (prefill) and over all decode steps. Two figures are taken on the longest example:
     the peak memory above what was in use before (so without the weights), and the attention mass not read. For these it
-    runs twice: without the fork of the cache, which is no memory of the method, and without taking times, because
-    measuring the mass costs a dense pass per step.
+    runs twice: lean, and without taking times, because measuring the mass costs a dense pass per step.
+
+    ``enough`` is asked after every example, with the row of those so far, whether that is all that is wanted to know; such a
+    search goes without the two figures.
     """
     from laconic import apply
 
-    longest = max(range(len(items)), key=lambda i: len(items[i].ids))
+    longest = None if enough else max(range(len(items)), key=lambda i: len(items[i].ids))
     traces: list[Trace] = []
     cells: list[dict[str, Any]] = []
     peak = PeakMemory(runner.device)
     with apply(runner.model, recipe) as handle:
         for i, item in enumerate(items):
             with peak if i == longest else contextlib.nullcontext():
-                trace = runner.run(item, handle, fork=i != longest)
-            if item.dense is None:
-                keep_reference(item, trace, len(items))
+                trace = runner.run(item, handle, lean=i == longest)
             if i == longest:
+                item.forced = trace.forced
                 with apply(runner.model, recipe, measure=True) as second:
                     again = runner.run(item, second)
-                trace.own, trace.masses = again.own, again.masses
+                trace.own, trace.masses, trace.logits = again.own, again.masses, again.logits
+            if item.dense is None:
+                keep_reference(item, trace, len(items))
             cells.append(judge(runner, item, trace, metric))
-            trace.release()
+            trace.logits.clear()  # the large part
             traces.append(trace)
             advance(item.cost)
-    measured = summarise(items, traces, cells, metric)
+            if enough is not None and enough(summarise(items[: i + 1], traces, cells, metric)):
+                break
+    measured = summarise(items[: len(cells)], traces, cells, metric)
+    measured["blocks"] = along(items[: len(cells)], traces, recipe, runner.layers)
+    if longest is None:
+        return measured
     mass = _mean(traces[longest].masses)
     return {**measured, "dropped_mass": mass, "peak_bytes": peak.bytes, "peak_source": peak.source}
 
@@ -306,7 +344,7 @@ def summarise(items: Sequence[Item], traces: Sequence[Trace], cells: list[dict],
         "prefill_s": _mean([trace.prefill_s for trace in traces]),
         "decode_s": _mean(steps),
         "examples": len(items),
-        "cells": cells,
+        "cells": list(cells),
     }
 
 

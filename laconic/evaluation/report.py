@@ -15,7 +15,9 @@ from typing import Any
 
 from laconic.errors import LaconicError
 from laconic.evaluation.answers import pick_answers
+from laconic.evaluation.blocks import curves
 from laconic.evaluation.heatmap import heat_maps
+from laconic.evaluation.quality import share_kept
 from laconic.evaluation.results import HEADER, RESULTS, read_rows, write_atomic
 from laconic.evaluation.table import figure, ratio, seconds, size
 
@@ -106,7 +108,7 @@ def render(rows: Sequence[Row], run: dict[str, Any], problems: Sequence[str] = (
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(prose=prose, breakable=breakable)
+    environment.filters.update(prose=prose, breakable=breakable, size=size, figure=figure)
 
     def asset(name: str) -> Markup:
         return Markup(loader.get_source(environment, name)[0])
@@ -150,13 +152,14 @@ def _view(rows: list[Row], run: dict[str, Any], problems: Sequence[str]) -> dict
         "notes": [*run.get("notes", []), *problems],
         "skipped": run.get("skipped", []),
         "unfinished": bool(run) and not run.get("finished"),
-        "verdict": _verdict(rows, dense, metric),
+        "verdict": _verdict(rows, dense),
         "keep": percent(KEEP),
         "measure": title.split(" (")[0] if title else "fidelity",
         "grain": _grain(rows, metric),
         "columns": [{"key": key, "name": name, "help": text} for key, name, text, _, _ in columns],
         "lines": [_line(i, row, dense, columns, sections[row["method"]]) for i, row in enumerate(rows)],
         "heat": heat_maps(rows),
+        "curves": curves(rows),
         "sections": list(sections.values()),
         "plot": _plot(rows, styles, metric),
     }
@@ -222,23 +225,14 @@ def _times(run: dict[str, Any]) -> list[str]:
     return [*parts, f"took {took:.0f} s" if took < 120 else f"took {took / 60:.1f} min"]
 
 
-def _verdict(rows: list[Row], dense: Row, metric: str | None) -> list[dict[str, Any]] | None:
+def _verdict(rows: list[Row], dense: Row) -> list[dict[str, Any]] | None:
     """The cheapest recipe that keeps the dense quality, by each cost; None where there is nothing to compare."""
     if not dense or len(rows) == 1:
         return None
 
-    def good(row: Row) -> bool:
-        if dense.get("quality") is None:
-            return (row.get("fidelity") or 0) >= KEEP
-        if row.get("quality") is None:
-            return False
-        if metric == "perplexity":
-            return dense["quality"] >= KEEP * row["quality"]
-        return row["quality"] >= KEEP * dense["quality"]
-
     choices = []
     for key, title, show in CHOICES:
-        able = [row for row in rows if row.get(key) is not None and good(row)]
+        able = [row for row in rows if row.get(key) is not None and share_kept(row, dense) >= KEEP]
         best = min(able, key=lambda row: row[key], default=dense)
         texts = {"text": show(best.get(key)), "dense": show(dense.get(key)), "ratio": ratio(best.get(key), dense.get(key))}
         choices.append({"title": title, "best": None if best is dense else best, **texts})

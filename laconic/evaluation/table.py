@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from laconic.evaluation.blocks import lowest, sparkline
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +49,8 @@ def ratio(value: float | None, dense: float | None) -> str:
     return f"×{quotient:.0f}" if quotient >= 99.5 else f"×{quotient:.1f}" if quotient >= 9.95 else f"×{quotient:.2f}"
 
 
-COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+Column = tuple[str, str, Callable[[float | None], str]]
+COLUMNS: tuple[Column, ...] = (
     ("kept", "bytes_kept", size),
     ("read/step", "bytes_read", size),
     ("prefill", "prefill_s", seconds),
@@ -59,6 +62,9 @@ COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 def build_table(rows: list[dict[str, Any]], run: dict[str, Any], *, ratios: bool = True) -> Table:
     """A rich table that fits 120 columns with ``ratios`` to dense, and 80 without.
 
+    Where long texts were generated, fidelity is also drawn along them, from the lowest block of all rows (lowest bar) to 1,
+    and ``held`` says whether the method stays at its budget, or by what factor it goes beyond.
+
     ``rows`` as in results.jsonl, dense first; ``run`` as in run.json.
     """
     from rich import box
@@ -69,20 +75,36 @@ def build_table(rows: list[dict[str, Any]], run: dict[str, Any], *, ratios: bool
     quality = next((row["quality_name"] for row in rows if row["quality_name"]), None)
     beside = "; × is relative to dense" if ratios else ""
     count = run["task"]["examples"]
-    title = f"{run['model']['id']} on {run['task']['name']}, {count} example{'s' * (count != 1)}{beside}"
+    floor = lowest(rows)
+    bars = "" if floor is None else f"; bars: fidelity along the text, {floor:.2f} to 1"
+    title = f"{run['model']['id']} on {run['task']['name']}, {count} example{'s' * (count != 1)}{beside}{bars}"
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.show_edge = table.pad_edge = False
     widest = max(len(row["method"]) for row in rows)
     table.add_column("method", overflow="fold", min_width=min(18 if ratios else 10, widest))
-    costs = [name if ratios else re.split("[/ ]", name)[0] for name, _, _ in COLUMNS]
-    for name in ("budget", *([quality] if quality else []), "fidelity", "KL", *costs):
+    columns = [column for column in COLUMNS if floor is None or column[1] not in ("prefill_s", "peak_bytes")]
+    costs = [name if ratios else re.split("[/ ]", name)[0] for name, _, _ in columns]
+    curve = [] if floor is None else [" along", " held"]
+    for name in ("budget", *([quality] if quality else []), "fidelity", *curve, "KL", *costs):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row, dense if ratios else {}, bool(quality)), end_section=row["method"] == "dense")
+        cells = _cells(row, dense if ratios else {}, bool(quality), columns, floor)
+        table.add_row(*cells, end_section=row["method"] == "dense")
     return table
 
 
-def _cells(row: dict[str, Any], dense: dict[str, Any], quality: bool) -> list[str]:
+def _curve(row: dict[str, Any], floor: float) -> list[str]:
+    """Fidelity along the generated text as bars, and whether the budget holds."""
+    blocks = row.get("blocks")
+    if not blocks:
+        return ["–", "–"]
+    holds = {None: "–", True: "yes"}.get(blocks["holds"]) or ratio(max(blocks["of_budget"] or [0]), 1)
+    return [" " + sparkline(blocks["fidelity"], floor), f" {holds}"]
+
+
+def _cells(
+    row: dict[str, Any], dense: dict[str, Any], quality: bool, columns: Sequence[Column], floor: float | None
+) -> list[str]:
     from rich.markup import escape
 
     def beside(text: str, key: str) -> str:
@@ -92,5 +114,5 @@ def _cells(row: dict[str, Any], dense: dict[str, Any], quality: bool) -> list[st
     cells = [escape(row["method"]), row["budget"]]
     if quality:
         cells.append(beside(figure(row["quality"]), "quality"))
-    cells += [figure(row["fidelity"]), figure(row["kl"])]
-    return cells + [beside(show(row[key]), key) for _, key, show in COLUMNS]
+    cells += [figure(row["fidelity"]), *([] if floor is None else _curve(row, floor)), figure(row["kl"])]
+    return cells + [beside(show(row[key]), key) for _, key, show in columns]

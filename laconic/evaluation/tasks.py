@@ -1,4 +1,4 @@
-"""Tasks by name: built-in retrieval tasks, perplexity on a text, and a user's own JSONL file."""
+"""Tasks by name: built-in retrieval tasks, perplexity and long generation on a text, and a user's own JSONL file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from laconic.evaluation.task_file import read_task
 __all__ = ["Example", "Task", "load_task", "task_names"]
 
 LENGTHS = (1024, 2048, 4096)
+TEXT_TASKS = {"perplexity": LENGTHS, "long_generation": (512,)}
 SHORTEST, LONGEST = 16, 1 << 24
 SCORED_TOKENS = 64
 TEXTS_PER_LENGTH = 3
+GENERATED_TOKENS = 512
 CHARACTERS = 16  # more than a token has on average in any tokenizer
 
 
 def task_names() -> list[str]:
-    """Names that ``load_task`` knows; ``perplexity:FILE`` and the path of a ``.jsonl`` file come on top."""
-    return [*retrieval.TASKS, "perplexity"]
+    """Names that ``load_task`` knows; those of ``TEXT_TASKS`` also as ``NAME:FILE``, and the path of a ``.jsonl`` file, come
+    on top."""
+    return [*retrieval.TASKS, *TEXT_TASKS]
 
 
 def load_task(
@@ -38,12 +41,13 @@ def load_task(
     lengths: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Task:
-    """A task by its name (see ``task_names``), ``perplexity:FILE``, or the path of a ``.jsonl`` file.
+    """A task by its name (see ``task_names``), ``perplexity:FILE``, ``long_generation:FILE``, or a ``.jsonl`` file's path.
 
     Args:
         tokenizer: lengths count its tokens, special tokens included.
         samples: number of examples in all, spread evenly over the grid of the task; of a file, the first so many.
-        lengths: prompt lengths in tokens; 1,024, 2,048 and 4,096 by default. A file brings its own.
+        lengths: prompt lengths in tokens; 1,024, 2,048 and 4,096 by default, and 512 where long texts are generated. A file
+            brings its own.
         seed: the same seed gives the same examples.
 
     Raises:
@@ -56,18 +60,18 @@ def load_task(
         if lengths is not None:
             raise LaconicError("lengths goes with the built-in tasks: the prompts of a task file have their own.")
         return read_task(name, tokenizer, samples)
-    chosen = _check_lengths(lengths)
+    base, _, argument = name.partition(":")
+    chosen = _check_lengths(TEXT_TASKS.get(base, LENGTHS) if lengths is None else lengths)
     if name in retrieval.TASKS:
         metric = retrieval.TASKS[name][1]
         return Task(name, metric, retrieval.make_examples(name, tokenizer, chosen, samples, seed))
-    base, _, argument = name.partition(":")
-    if base == "perplexity":
-        return _perplexity(name, argument or None, tokenizer, chosen, samples, seed)
+    if base in TEXT_TASKS:
+        return _text_task(name, argument or None, tokenizer, chosen, samples, seed)
     raise LaconicError(_unknown(name))
 
 
-def _check_lengths(lengths: Sequence[int] | None) -> list[int]:
-    chosen = sorted(set(LENGTHS if lengths is None else lengths))
+def _check_lengths(lengths: Sequence[int]) -> list[int]:
+    chosen = sorted(set(lengths))
     if not chosen:
         raise LaconicError("lengths is empty: give at least one prompt length in tokens.")
     for length in chosen:
@@ -84,8 +88,12 @@ def _unknown(name: str) -> str:
     return f"There is no task {quote(name)}: {hint}"
 
 
-def _perplexity(name: str, path: str | None, tokenizer: Any, lengths: Sequence[int], samples: int | None, seed: int) -> Task:
-    """Stretches of a text of the wanted lengths; the tokens after the middle of each are scored, given the rest."""
+def _text_task(name: str, path: str | None, tokenizer: Any, lengths: Sequence[int], samples: int | None, seed: int) -> Task:
+    """Stretches of a text of the wanted lengths.
+
+    For perplexity the tokens after the middle of each are scored, given the rest. For long generation the dense model
+    writes on from the stretch; every method is then forced along its text, and judged by its fidelity.
+    """
     text = (reference_text() if path is None else read_text(path)).strip()
     # Only of a text that may be too short all tokens are counted: books are long.
     sample = text if len(text) < CHARACTERS * max(lengths) else text[:8000]
@@ -93,16 +101,18 @@ def _perplexity(name: str, path: str | None, tokenizer: Any, lengths: Sequence[i
     if len(sample) < len(text):
         total = LONGEST
     if total < SHORTEST:
-        raise LaconicError(f"The text file {path} has {total} tokens: perplexity needs at least {SHORTEST}.")
+        raise LaconicError(f"The text file {path} has {total} tokens: a text task needs at least {SHORTEST}.")
     problems = [f"The text has {total} tokens, so the length {length} became {total}." for length in lengths if length > total]
     grid = [{"length": length} for length in dict.fromkeys(min(length, total) for length in lengths)]
     cells = retrieval.spread(grid, samples if samples is not None else TEXTS_PER_LENGTH * len(grid))
-    examples = []
+    scored, examples = name.startswith("perplexity"), []
     for i, cell in enumerate(cells):
         rng = random.Random(f"perplexity/{seed}/{i}")
         prompt = _stretch(tokenizer, text, cell["length"], len(sample) / counted, rng)
-        examples.append(Example(prompt, max_new_tokens=min(SCORED_TOKENS, cell["length"] // 2), meta=dict(cell)))
-    return Task(name, "perplexity", examples, problems)
+        limit = min(SCORED_TOKENS, cell["length"] // 2) if scored else GENERATED_TOKENS
+        draw = None if scored else rng.randrange(1 << 31)
+        examples.append(Example(prompt, max_new_tokens=limit, draw=draw, meta=dict(cell)))
+    return Task(name, "perplexity" if scored else None, examples, problems)
 
 
 def _stretch(tokenizer: Any, text: str, length: int, per_token: float, rng: random.Random) -> str:

@@ -12,6 +12,15 @@ from laconic.errors import LaconicError, quote
 from laconic.evaluation import measure
 
 
+def check_options(*, question: str, samples: int | None, max_new_tokens: int | None) -> None:
+    """Refuses what no task could be run with, before a model is loaded."""
+    if question not in ("seen", "after"):
+        raise LaconicError(f"question is '{question}': use 'seen' or 'after'.")
+    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise LaconicError(f"{name.replace('_', '-')} is {value}: give 1 or more, or leave it out.")
+
+
 def open_model(
     model: str | tuple[Any, Any], device: str | None = None, dtype: str | None = None
 ) -> tuple[Any, Any, str]:

@@ -27,7 +27,7 @@ PROMPTS = [
 FIELDS = {
     "run", "method", "recipe", "budget", "task", "quality", "quality_name", "fidelity", "kl", "kept", "kept_share",
     "bytes_kept", "bytes_read", "prefill_s", "decode_s", "peak_bytes", "peak_source", "dropped_mass", "examples",
-    "guarantee", "cells",
+    "guarantee", "cells", "blocks",
 }  # fmt: skip
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from laconic.errors import LaconicError
 from laconic.evaluation import measure
+from laconic.evaluation.examples import Example
 from laconic.evaluation.memory import PeakMemory
 
 
-def example(prompt: str, answer: str | None = "x", question: str | None = None, limit: int = 6) -> SimpleNamespace:
-    return SimpleNamespace(
-        prompt=prompt,
-        answer=answer,
-        choices=None,
-        question=question,
-        max_new_tokens=limit,
-        meta={"length": len(prompt)},
-    )
+def example(prompt: str, answer: str | None = "x", question: str | None = None, limit: int = 6) -> Example:
+    return Example(prompt, answer, None, question, limit, meta={"length": len(prompt)})
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ def test_forced_run_follows_the_given_tokens_and_own_text_is_the_free_one(tiny, 
     (item,) = measure.prepare([example("The quick brown fox", limit=8)], tokenizer)
     free = runner.run(item).forced
     item.forced = [*free[:3], (free[3] + 1) % 258, *free[4:]]
-    assert runner.run(item, fork=False).own == free[:4]
+    assert runner.run(item, lean=True).own == free[:4]
     trace = runner.run(item)
     assert trace.forced == item.forced and trace.own == free
     full = stock_logits(model, item.ids + item.forced[:-1], 8)

@@ -107,10 +107,11 @@ CHEAP = {**BASE, "bytes_read": 1}
 )
 def test_good_enough_follows_the_measure(measure: str, name: str | None, dense: float, good: float, bad: float) -> None:
     reference = {**BASE, "method": "dense", "bytes_read": 10, "fidelity": 1.0, "quality": None, measure: dense}
+    reference["quality_name"] = name
     near, far = {**BASE, measure: good}, {**CHEAP, measure: bad}
-    assert report._verdict([reference, near, far], reference, name)[0]["best"] is near
-    assert report._verdict([reference, far], reference, name)[0]["best"] is None
-    assert report._verdict([reference], reference, name) is None
+    assert report._verdict([reference, near, far], reference)[0]["best"] is near
+    assert report._verdict([reference, far], reference)[0]["best"] is None
+    assert report._verdict([reference], reference) is None
 
 
 # --- partial and unusual results

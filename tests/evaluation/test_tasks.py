@@ -20,7 +20,8 @@ from laconic.evaluation.tasks import Example, Task, load_task, task_names
 from laconic.models.names import code_names
 
 LENGTHS = [600, 1200]
-RETRIEVAL = [name for name in task_names() if name != "perplexity"]
+TEXTS = ("perplexity", "long_generation")
+RETRIEVAL = [name for name in task_names() if name not in TEXTS]
 NAME = "[A-Z][a-z]{5}"
 
 
