@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from laconic.errors import LaconicError
+from laconic.kernels.blocks import KeyBlocks
 from laconic.kernels.index import KeyIndex
 from laconic.kernels.memory import empty
 
@@ -146,6 +147,7 @@ class KVLayer(CacheLayerMixin):
         self.passed = 0  # the sliding window behind which entries were dropped; 0 when all are still there
         self.slots: dict[str, torch.Tensor] = {}
         self._index: KeyIndex | None = None
+        self._blocks: dict[tuple[int, str], KeyBlocks] = {}
         self.is_initialized = False
 
     # --- what transformers calls -------------------------------------------------------------------------------------
@@ -193,6 +195,7 @@ class KVLayer(CacheLayerMixin):
         self.memory = {name: _rows(value, beam_idx) for name, value in self.memory.items()}
         self.slots = {name: _rows(value, beam_idx) for name, value in self.slots.items()}
         self._index = None
+        self._blocks = {}
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reorder_cache(indices)
@@ -230,6 +233,7 @@ class KVLayer(CacheLayerMixin):
         self.memory = {name: value for name, value in self.memory.items() if name == "prompt"}  # shares stay what they were
         self.slots.clear()
         self._index = None
+        self._blocks = {}
 
     def offload(self) -> None:
         raise LaconicError("Offloading is not supported inside laconic.apply: leave cache_implementation unset.")
@@ -289,6 +293,7 @@ class KVLayer(CacheLayerMixin):
             buffer.keep(slots)
         self.slots.clear()
         self._index = None
+        self._blocks = {}
         empty = slots < 0
         if bool(empty.any()):
             self._positions.view().masked_fill_(empty, EMPTY)
@@ -302,6 +307,7 @@ class KVLayer(CacheLayerMixin):
             buffer.drop_front(count)
         self.slots = {name: (slots - count).clamp(min=-1) for name, slots in self.slots.items()}
         self._index = None
+        self._blocks = {}
 
     def track(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """Appends ``new`` (batch, kv_heads, count) to the track so that it covers all entries; returns a view."""
@@ -331,11 +337,28 @@ class KVLayer(CacheLayerMixin):
             self._index.append(self.keys[:, :, self._index.n :])
         return self._index
 
+    def key_blocks(self, size: int, kind: str = "bounds") -> KeyBlocks:
+        """Bounds or means of blocks of ``size`` keys; kept beside the cache from the first call on, made anew after evictions.
+
+        Borders of blocks lie at multiples of ``size`` of the positions, counted on from the first entry that is held.
+        """
+        blocks = self._blocks.get((size, kind))
+        if blocks is None or blocks.unsettled:
+            starts = self.starts()
+            first = torch.zeros(*self.keys.shape[:2], 1, dtype=torch.int64, device=self.keys.device)
+            first = first if starts is None else starts[..., None].clamp(max=self.n - 1)
+            lead = take(self.shared_positions, first)[..., 0].clamp(min=0) % size
+            blocks = self._blocks[size, kind] = KeyBlocks(self.keys, size, kind=kind, starts=starts, lead=lead)
+        elif blocks.n < self.n:
+            blocks.append(self.keys[:, :, blocks.n :])
+        return blocks
+
     @property
     def bytes_kept(self) -> int:
-        """Bytes of the entries held: keys, values, tracks and 8-bit keys."""
+        """Bytes of the entries held: keys, values, tracks, 8-bit keys and blocks of keys."""
         held = [b for b in self._buffers() if b is not self._positions]
         index = 0 if self._index is None else self._index.bytes
+        index += sum(blocks.bytes for blocks in self._blocks.values())
         return index + sum(b.view().numel() * b.view().element_size() for b in held)
 
     def copy(self, request: Request) -> KVLayer:

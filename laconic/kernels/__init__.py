@@ -12,6 +12,7 @@ import torch
 
 from laconic.errors import LaconicError
 from laconic.kernels import reference
+from laconic.kernels.blocks import KeyBlocks
 from laconic.kernels.index import KeyIndex
 
 
@@ -95,6 +96,26 @@ def vote(
         keys = index.keys().to(query.dtype)
     module = _implementation(query, keys)
     return module.vote(query, keys, scale=scale, starts=starts, stop=stop, over=over, softcap=softcap)
+
+
+def logits(
+    query: torch.Tensor, keys: torch.Tensor, *, scale: float = 1.0, indices: torch.Tensor | None = None
+) -> torch.Tensor:
+    """q.k times ``scale``, float32 ``(batch, heads, n)``, or of the entries ``indices`` only.
+
+    ``indices``: int64 ``(batch, kv_heads or 1, k)``, which gives ``(batch, heads, k)``; -1 is an empty slot and gives -inf.
+    """
+    return _implementation(query, keys).logits(query, keys, scale=scale, indices=indices)
+
+
+def block_bounds(query: torch.Tensor, blocks: KeyBlocks) -> torch.Tensor:
+    """The most that q.k can be for any key of each block, float32 ``(batch, heads, blocks)``; -inf for an empty block.
+
+    Each dimension contributes the larger of q * max and q * min (Quest, 2024): q * max where q is positive, else q * min.
+    """
+    bounds = logits(torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1), blocks.bounds)
+    empty = torch.arange(blocks.count, device=query.device) >= blocks.counts[..., None]
+    return bounds.masked_fill(empty.repeat_interleave(query.shape[1] // empty.shape[1], 1), float("-inf"))
 
 
 def topk(scores: torch.Tensor, k: int) -> torch.Tensor:

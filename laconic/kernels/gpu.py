@@ -103,6 +103,29 @@ def _vote_chunks(
 
 
 @triton.jit
+def _logit_chunks(
+    query, keys, index, logits, kv_heads, group, n, scale, key_b, key_h, key_n, index_b, index_h,
+    HAS_INDEX: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Logits of GROUP heads and BLOCK_N keys, all or those of ``index``; -inf for an empty slot."""
+    pair = tl.program_id(0)
+    b, h = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    g, d = tl.arange(0, GROUP), tl.arange(0, PAD_DIM)
+    heads = pair.to(tl.int64) * group + g
+    slot = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    seen, row = slot < n, slot
+    if HAS_INDEX:
+        row = tl.load(index + b * index_b + h * index_h + slot, mask=seen, other=-1)
+        seen = row >= 0
+    q = tl.load(query + heads[:, None] * DIM + d, mask=(g[:, None] < group) & (d < DIM), other=0.0).to(tl.float32)
+    k = tl.load(
+        keys + b * key_b + h * key_h + row[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
+    ).to(tl.float32)
+    product = tl.where(seen[None, :], tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale, float("-inf"))
+    tl.store(logits + heads[:, None] * n + slot, product, mask=(g[:, None] < group) & (slot < n))
+
+
+@triton.jit
 def _map_block(
     query, keys, b, head, h, rows, slots, count, n, first, window, scale, softcap,
     query_b, query_h, query_m, key_b, key_h, key_n,
@@ -238,6 +261,21 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=No
     total = ((tops - best).exp() * sums).sum(-1, keepdim=True).clamp(min=1e-38)
     votes = ((weights - best).exp() / total).sum(2)
     return votes.sum(1, keepdim=True) if over == "layer" else votes
+
+
+def logits(query, keys, *, scale=1.0, indices=None):
+    batch, kv_heads, n, dim = keys.shape
+    group = query.shape[1] // kv_heads
+    n = n if indices is None else indices.shape[2]
+    out = torch.empty(batch, query.shape[1], n, dtype=torch.float32, device=query.device)
+    indices = None if indices is None else indices.contiguous()
+    index_strides = (0, 0) if indices is None else (indices.stride(0), indices.stride(1) if indices.shape[1] > 1 else 0)
+    _logit_chunks[(batch * kv_heads, triton.cdiv(n, BLOCK))](
+        query.contiguous(), keys, indices, out, kv_heads, group, n, scale, *keys.stride()[:3], *index_strides,
+        HAS_INDEX=indices is not None, GROUP=max(2, triton.next_power_of_2(group)), DIM=dim,
+        PAD_DIM=triton.next_power_of_2(dim), BLOCK_N=BLOCK,
+    )  # fmt: skip
+    return out
 
 
 def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):

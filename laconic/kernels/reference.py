@@ -89,3 +89,13 @@ def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, r
             weights = logits.softmax(-1).masked_fill(row < first, 0.0)  # rows of padding attend to nothing
             sums[..., start:stop] += weights.sum(3)
     return sums.view(batch, heads, n)
+
+
+def logits(query, keys, *, scale=1.0, indices=None):
+    if indices is not None:
+        index = indices.expand(-1, keys.shape[1], -1)
+        keys = keys.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, keys.shape[-1]))
+    products = _logits(query, keys, scale)
+    if indices is not None:
+        products = products.masked_fill((index < 0)[:, :, None], NEGATIVE)
+    return products.flatten(1, 2)
