@@ -66,6 +66,15 @@ def test_the_interval_covers_the_true_share() -> None:
     assert missed <= 6
 
 
+def test_the_interval_of_a_perplexity_covers_with_few_prompts_too() -> None:
+    rng, missed = np.random.default_rng(2), 0
+    for seed in range(100):
+        dense = rng.normal(100, 10, 5)
+        low, high = Pairs(dense + rng.normal(5, 2, 5), dense, np.full(5, 50)).interval(seed=seed)
+        missed += not low <= math.exp(-5 / 50) <= high
+    assert missed <= 12  # without the correction it is some 20
+
+
 def test_the_interval_of_a_perplexity_narrows_with_the_prompts() -> None:
     rng = np.random.default_rng(0)
     widths = []
