@@ -37,23 +37,31 @@ def keep_top(
     first = torch.zeros(1, 1, 1, dtype=torch.int64, device=slot.device)
     if starts is not None:
         first = (starts if heads > 1 else starts.amin(1, keepdim=True))[..., None]
-    visible = (n - first[..., 0]).amin(-1)
+    check_room(quota, (n - first[..., 0]).amin(-1), sinks, recent, name)
+    worth = scores.float().masked_fill((slot < first + sinks) | (slot >= n - recent[:, None, None]), float("inf"))
+    worth = worth.masked_fill(slot < first, float("-inf"))
+    return hide(best(worth, quota), starts)
+
+
+def check_room(quota: torch.Tensor, visible: torch.Tensor, sinks: int, recent: torch.Tensor, name: str) -> None:
+    """Refuses a ``quota`` (batch,) that is below the ``visible`` tokens (batch,) and below the protected ones."""
     if bool(((quota < sinks + recent) & (quota < visible)).any()):
         raise LaconicError(
             f"{name}: a budget of {int(quota.min())} tokens cannot hold the {sinks} first and {int(recent.max())} newest tokens "
             "that are always kept: give a larger budget, or lower sinks and recent."
         )
-    worth = scores.float().masked_fill((slot < first + sinks) | (slot >= n - recent[:, None, None]), float("inf"))
-    worth = worth.masked_fill(slot < first, float("-inf"))
+
+
+def best(worth: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+    """The ``quota`` (batch,) largest of ``worth`` (batch, heads, n): ``(batch, heads, max(quota))``, -1 in front where fewer."""
     largest = int(quota.max())
     if largest and bool((quota == largest).all()):
-        picked = kernels.topk(worth, largest)
-    else:  # rows of different lengths: the shorter ones get empty slots in front
-        picked = torch.full((batch, heads, largest), -1, dtype=torch.int64, device=scores.device)
-        for row, k in enumerate(quota.tolist()):
-            if k:  # none where a row has only padding so far
-                picked[row, :, largest - k :] = kernels.topk(worth[row : row + 1], k)[0]
-    return hide(picked, starts)
+        return kernels.topk(worth, largest)
+    picked = torch.full((*worth.shape[:2], largest), -1, dtype=torch.int64, device=worth.device)
+    for row, k in enumerate(quota.tolist()):
+        if k:  # none where a row has only padding so far
+            picked[row, :, largest - k :] = kernels.topk(worth[row : row + 1], k)[0]
+    return picked
 
 
 def hide(slots: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,50 @@
+"""Quest: the bounds of a page say which pages a query can need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from laconic import kernels
+from laconic.attention.base import Call, ReadMethod
+from laconic.cache import KVLayer
+from laconic.method import parameter
+from laconic.primitives.blocks import best_blocks, keep_top_among
+from laconic.primitives.reduce import GROUP, group
+from laconic.registry import register
+from laconic.selection import Selection
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Quest(ReadMethod):
+    """Reads the pages whose keys can have the largest product with the query.
+
+    Each page of ``page`` neighbouring tokens keeps the elementwise largest and smallest of its keys, which bound q.k for
+    all of them: the sum over the dimensions of the larger of q * max and q * min. Bounds are reduced over the query heads
+    of a KV head, and pages are read from the highest bound down until the budget is used; the last one in part. Scoring
+    reads 2 / ``page`` of the keys' bytes. Nothing is forgotten, so memory grows by the bounds.
+    """
+
+    id: ClassVar[str] = "quest"
+    paper: ClassVar[str] = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (2024)"
+
+    page: int = parameter(16, "tokens per page", least=1)
+    reduce: str = parameter("max", "from query heads to their KV head: max, mean or sum of the bounds")
+    dense_layers: int = parameter(0, "first layers that read everything; the original leaves 2 alone", least=0)
+
+    def check(self) -> None:
+        self.require(self.reduce in GROUP, f"reduce must be one of {', '.join(GROUP)}.")
+
+    def select(self, layer: KVLayer, call: Call) -> Selection | None:
+        if layer.index < self.dense_layers or self.covers(layer, call):
+            return None
+        blocks, quota, starts = layer.key_blocks(self.page), self.quota(layer, call), layer.starts(call.window)
+        bounds = group(kernels.block_bounds(call.last, blocks), layer.heads, self.reduce)
+        protected = {"sinks": self.sinks, "recent": self.recent}
+        count = -(-int(quota.max()) // self.page) + 4  # pages at the four ends of what is visible and protected may be cut
+        chosen = best_blocks(bounds, blocks, count, starts, **protected)
+        slots = blocks.slots(chosen)
+        worth = bounds.gather(-1, blocks.of(slots).clamp(min=0))
+        slots = keep_top_among(slots, worth, quota, layer.n, starts, **protected, name=self.id)
+        return Selection(slots, bytes_scored=blocks.bytes)
