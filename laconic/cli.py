@@ -36,7 +36,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         debug = options.get("debug", False)
         try:
-            if command.__name__ in ("compare", "generate", "tune") and not debug:
+            if command.__name__ in ("compare", "generate", "tune", "sinks") and not debug:
                 _silence_libraries()
             command(**options)
             sys.stdout.flush()
@@ -451,6 +451,49 @@ def _benchmark_line(row: dict[str, Any]) -> str:
         f"{row['name']:<20} {row['ratio']:>8.2f}x  (target {row['target']:g}x, {mark})  "
         f"ours {row['ours']:.4g} {row['unit']}, reference {row['reference']:.4g} {row['unit']}"
     )
+
+
+explain = typer.Typer(help="Why a model attends as it does.", no_args_is_help=True)
+app.add_typer(explain, name="explain")
+
+
+@explain.command()
+@guarded
+def sinks(
+    model: Model = "needle",
+    text: Annotated[Path | None, typer.Option("--text", help="A UTF-8 text; by default the built-in one.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=8, help="Length of each sample.")] = 1024,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of the text.")] = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Which heads sleep on the first token: weight on the sink, drained values, residual peaks.
+
+    A head is dormant when later tokens give the sink at least half of their attention on average: what it keeps besides is
+    worth little there. The sink's position tells how many first tokens a method should protect.
+
+    \b
+    Examples:
+      laconic explain sinks
+      laconic explain sinks --model PATH_OR_HUB_ID --text code.txt --json
+    """
+    from laconic.evaluation.haystack import read_text, reference_text
+    from laconic.evaluation.workload import open_model
+    from laconic.explain.sinks import sink_report, sink_table
+
+    network, tokenizer, _ = open_model(model, device, dtype)
+    ids = tokenizer(read_text(text) if text else reference_text(), return_tensors="pt")["input_ids"][0]
+    if len(ids) < tokens:
+        raise LaconicError(f"The text has {len(ids)} tokens only: give a longer one, or --tokens {len(ids)}.")
+    step = max(1, (len(ids) - tokens) // samples)
+    report = sink_report(network, [ids[i * step : i * step + tokens] for i in range(samples)])
+    if as_json:
+        residual = report.residual_ratio.tolist()
+        _print_json({"sink": report.sink, "heads": report.rows(), "residual_ratio": residual})
+        return
+    _console().print(sink_table(report))
 
 
 def main() -> None:
