@@ -10,7 +10,7 @@ import torch
 from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReadMethod
 from laconic.attention.prefill import prefill_attention
-from laconic.cache import KVLayer
+from laconic.cache import KVLayer, take
 from laconic.errors import LaconicError
 from laconic.selection import Selection
 
@@ -97,7 +97,7 @@ class Policy:
         query, keys, values, positions = call.query, layer.keys, layer.values, layer.shared_positions
         if selection is not None:
             query, keys, values, _ = _moved(layer, call, selection)
-            positions = torch.where(selection.indices < 0, -1, positions.gather(2, selection.indices.clamp(min=0)))
+            positions = torch.where(selection.indices < 0, -1, take(positions, selection.indices))
         return prefill_attention(
             query, keys, values, positions, scale=call.scale, window=call.window, softcap=call.softcap
         )
@@ -114,8 +114,6 @@ def _moved(
     layer: KVLayer, call: Call, selection: Selection
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gathered keys and values at the selection's positions, the queries moved along, and the slots of the gathered copy."""
-    from laconic.cache import take
-
     keys, values = take(layer.keys, selection.indices), take(layer.values, selection.indices)
     query = call.query
     if selection.key_positions is not None:
