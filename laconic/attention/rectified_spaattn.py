@@ -25,9 +25,10 @@ class RectifiedSpaAttn(Method):
 
     For self-attention without a causal mask over image or video tokens, with text tokens at the end. Queries and keys are
     averaged over blocks; the softmax of the averages says which key blocks are critical to a block of queries: the budget's
-    share (or number) of them, or as many as hold ``coverage`` of the weight. Text keys are always read, one by one. What was read is
-    scaled down to its share of the weight, and a dropped block whose averages stand for its tokens well (gain above error)
-    adds its mean value with its share; the share of one that does not goes to what was read. Exact when a block is one token.
+    share (or number) of them, or as many as hold ``coverage`` of the weight. Text keys are always read, one by one. What was
+    read is scaled down to its share of the weight, and a dropped block whose averages stand for its tokens well (gain above
+    error) adds its mean value with its share; the share of one that does not goes to what was read. Exact when a block is
+    one token.
 
     ``attend(query, key, value)`` works on tensors ``(batch, heads, n, head_dim)``; ``inside()`` puts it into every model that
     runs in the block. Training-free; nothing is kept between calls.

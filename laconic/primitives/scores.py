@@ -38,6 +38,46 @@ def key_norm(keys: torch.Tensor) -> torch.Tensor:
     return -keys.float().norm(dim=-1)
 
 
+def key_novelty(keys: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+    """Minus the cosine of each key with the mean direction of all keys of its head, float32 ``(batch, kv_heads, n)``.
+
+    Keys before ``starts`` (batch, kv_heads) are padding and take no part in the mean (KeyDiff, 2025).
+    """
+    direction = torch.nn.functional.normalize(keys.float(), dim=-1)
+    if starts is not None:
+        hidden = torch.arange(keys.shape[2], device=keys.device) < starts[..., None]
+        direction = direction.masked_fill(hidden[..., None], 0.0)
+    anchor = torch.nn.functional.normalize(direction.sum(2, keepdim=True), dim=-1)
+    return -(direction * anchor).sum(-1)
+
+
+def expected_attention(
+    keys: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, *, scale: float, starts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention that keys can expect from queries of a normal distribution, float32 ``(batch, heads, n)``, summing to 1.
+
+    The mean of exp(scale * q.k) over q ~ N(mean, covariance) is exp(scale * mean.k + scale^2 / 2 * k' covariance k)
+    (Expected Attention, 2025).
+
+    Args:
+        keys: ``(batch, kv_heads, n, head_dim)``; mean: ``(batch, heads, head_dim)``; covariance: ``(batch, heads, head_dim,
+            head_dim)``.
+        starts: first visible slot ``(batch, kv_heads)``; keys before it get 0.
+    """
+    group_size = mean.shape[1] // keys.shape[1]
+    logits = []
+    for head in range(mean.shape[1]):  # one at a time: a copy of the keys for every query head would be large
+        own = keys[:, head // group_size].float()
+        linear = own @ mean[:, head, :, None]
+        spread = ((own @ covariance[:, head]) * own).sum(-1)
+        logits.append(scale * linear[..., 0] + scale**2 / 2 * spread)
+    stacked = torch.stack(logits, 1)
+    if starts is not None:
+        hidden = torch.arange(keys.shape[2], device=keys.device) < starts.repeat_interleave(group_size, 1)[..., None]
+        stacked = stacked.masked_fill(hidden, float("-inf"))
+    return stacked.softmax(-1).nan_to_num(0.0)
+
+
 def hashed_uniform(positions: torch.Tensor, seed: int) -> torch.Tensor:
     """A number in [0, 1) for each position, head and seed, float32 of the shape of ``positions`` (batch, heads, n).
 

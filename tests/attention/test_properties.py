@@ -16,6 +16,7 @@ import laconic
 from laconic import registry
 from laconic.attention import engine
 from laconic.attention.base import AttentionMethod, EvictMethod, ReadMethod
+from laconic.attention.snapkv import SnapKV
 
 PADS = (0, 15, 31)  # 70, 55 and 39 tokens: the last row passes a budget of 40 while it answers
 LENGTH, STEPS, BUDGET = 70, 6, 40
@@ -110,7 +111,9 @@ def steps(
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_budget_is_never_exceeded(name: str, budget: str, reads: list[torch.Tensor]) -> None:
     cls = METHODS[name]
-    options = "(window=8)" if name == "snapkv" else "(sinks=2, recent=3)"
+    if name == "pyramidkv" and budget.startswith("pyramid:"):
+        pytest.skip("refused: it has a pyramid of its own")
+    options = "(window=8)" if issubclass(cls, SnapKV) else "(sinks=2, recent=3)"
     limit, partial = laconic.Budget.parse(budget), 0
     for cache, _, seen in steps(f"{name}{options}:{budget}", reads):
         partial += len(reads)
@@ -125,6 +128,8 @@ def test_a_budget_is_never_exceeded(name: str, budget: str, reads: list[torch.Te
                 extra, counts = 0, (reads[index] >= 0).sum(-1)
             for row, count in enumerate(counts.tolist()):
                 most = max(allowed[row], 0) if limit.share is not None else limit.tokens(10**6, layer=index, layers=2)
+                if name == "pyramidkv":  # what a layer has less, another has more
+                    most = 2 * most - int((cache.layers[1 - index].positions[row] >= 0).sum(-1).max()) + extra
                 assert max(count) <= most + extra, (name, budget, index, row)
     if issubclass(cls, ReadMethod):
         assert partial, "this method never read a part: the test shows nothing"
@@ -133,7 +138,7 @@ def test_a_budget_is_never_exceeded(name: str, budget: str, reads: list[torch.Te
 @pytest.mark.parametrize("name", CHOOSING)
 def test_protected_tokens_always_stay(name: str, reads: list[torch.Tensor]) -> None:
     options = protected(name)
-    window = 8 if name == "snapkv" else 0
+    window = 8 if issubclass(METHODS[name], SnapKV) else 0
     text = ", ".join(f"{k}={v}" for k, v in options.items()) + (f", window={window}" if window else "")
     partial = 0
     for cache, _, seen in steps(f"{name}({text}):24", reads):
@@ -189,7 +194,7 @@ def padded_rows(recipe: str, budget: str, sharpen: float = 4.0) -> None:
 @pytest.mark.parametrize("budget", ["40", "60%"])
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_left_padded_row_is_the_row_alone(name: str, budget: str) -> None:
-    padded_rows(f"{name}(window=8)" if name == "snapkv" else f"{name}(sinks=2, recent=3)", budget)
+    padded_rows(f"{name}(window=8)" if issubclass(METHODS[name], SnapKV) else f"{name}(sinks=2, recent=3)", budget)
 
 
 @pytest.mark.parametrize("sharpen", [1.0, 4.0])  # queries that hardly turn, and queries that do
@@ -201,7 +206,7 @@ def test_a_left_padded_row_is_the_row_alone_over_time(recipe: str, sharpen: floa
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_small_budget_changes_something_and_repeats(name: str) -> None:
     """Otherwise every test above could pass on a method that does nothing."""
-    options = "(window=8)" if name == "snapkv" else "(sinks=2, recent=3)"
+    options = "(window=8)" if issubclass(METHODS[name], SnapKV) else "(sinks=2, recent=3)"
     inputs = prompt(2, LENGTH, seed=6)
     runs = []
     for recipe in ("dense", f"{name}{options}:12", f"{name}{options}:12"):
@@ -218,7 +223,9 @@ def test_a_small_budget_changes_something_and_repeats(name: str) -> None:
 def test_a_window_is_respected_whatever_is_kept(name: str, architecture: str, reads: list[torch.Tensor]) -> None:
     """No read reaches beyond the sliding window, and every row and head reads something."""
     model = shared(architecture)
-    options = "(window=4)" if name == "snapkv" else "(sinks=1, recent=2)"
+    if architecture == "gemma3" and name == "expected_attention":
+        pytest.skip("refused: a model with a rotary embedding for each kind of layer is not understood")
+    options = "(window=4)" if issubclass(METHODS[name], SnapKV) else "(sinks=1, recent=2)"
     kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * 2
     for cache, _, seen in steps(f"{name}{options}:8", reads, model):
         for index, layer in enumerate(cache.layers):
@@ -233,13 +240,14 @@ def test_a_window_is_respected_whatever_is_kept(name: str, architecture: str, re
 @pytest.mark.parametrize("second", CHOOSING)
 def test_an_evictor_composes_with_everything(evictor: str, second: str) -> None:
     def part(name: str, budget: int) -> str:
-        return f"{name}(window=4):{budget}" if name == "snapkv" else f"{name}(sinks=1, recent=2):{budget}"
+        return f"{name}(window=4):{budget}" if issubclass(METHODS[name], SnapKV) else f"{name}(sinks=1, recent=2):{budget}"
 
     recipe = f"{part(evictor, 30)} + {part(second, 12)}"
     for cache, last, seen in steps(recipe):
         handle = last
         for layer in cache.layers:
-            assert layer.n <= 30 + (seen - LENGTH)
+            most = 60 if evictor == "pyramidkv" else 30  # a layer's share of a pyramid may be twice the mean
+            assert layer.n <= most + (seen - LENGTH)
             assert all(b.n == layer.n for b in (layer._keys, layer._values, layer._positions))
     if issubclass(METHODS[second], ReadMethod) or METHODS[second].while_decoding:
         assert handle.stats()["kept"] <= (30 if second == "recycled_attention" else 12)
@@ -248,7 +256,7 @@ def test_an_evictor_composes_with_everything(evictor: str, second: str) -> None:
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_prompt_in_pieces_with_a_row_that_starts_later(name: str) -> None:
     """The first pieces of the last row are padding; budgets and protection hold all the same."""
-    options = "(window=4)" if name == "snapkv" else "(sinks=1, recent=2)"
+    options = "(window=4)" if issubclass(METHODS[name], SnapKV) else "(sinks=1, recent=2)"
     with laconic.apply(shared(), f"{name}{options}:8"):
         out = generate(shared(), prompt(3, LENGTH, pads=PADS), 4, prefill_chunk_size=10, return_dict_in_generate=True)
     for layer in out.past_key_values.layers:

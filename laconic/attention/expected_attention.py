@@ -1,0 +1,66 @@
+"""Expected Attention: what future queries will attend to, from the statistics of past ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from laconic.attention.base import Call, EvictMethod
+from laconic.attention.rope import Rope
+from laconic.cache import KVLayer
+from laconic.method import parameter
+from laconic.primitives.reduce import group
+from laconic.primitives.scores import expected_attention
+from laconic.registry import register
+
+MOMENTS = "expected_attention"
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention(EvictMethod):
+    """Keeps what queries yet to come are expected to attend to, times the length of the value.
+
+    Queries before RoPE are taken to be normally distributed, with the mean and covariance of all queries seen so far (those
+    of the first ``sinks`` tokens apart), and to stand at the next ``future`` positions with equal chance: their rotations
+    are averaged. For such queries the expected exp(q.k) has a closed form. The question has no more say than any other
+    token, so what only it asks for may be lost.
+    """
+
+    id: ClassVar[str] = "expected_attention"
+    paper: ClassVar[str] = "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries (2025)"
+
+    future: int = parameter(512, "positions ahead over which the rotation of queries is averaged", least=1)
+    epsilon: float = parameter(0.0, "added to the expected attention before it is multiplied by the value's length", least=0)
+
+    def observe(self, layer: KVLayer, call: Call) -> None:
+        self.require(layer.rope is not None, "this model's rotary embedding is not understood, so queries cannot be moved.")
+        new = call.query.shape[2]
+        at = layer.shared_positions[:, :1, -new:]
+        query = layer.rope.rotate(call.query, -at.clamp(min=0)).float()
+        query = query.masked_fill((at < self.sinks)[..., None], 0.0)
+        count = (at >= self.sinks).sum(-1).float()  # (batch, 1)
+        now = (count, query.sum(2), query.transpose(-1, -2) @ query)
+        before = [layer.memory.get(f"{MOMENTS}.{i}", torch.zeros_like(moment)) for i, moment in enumerate(now)]
+        for i, (old, moment) in enumerate(zip(before, now, strict=True)):
+            layer.memory[f"{MOMENTS}.{i}"] = old + moment
+
+    def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        count, total, square = (layer.memory[f"{MOMENTS}.{i}"] for i in range(3))
+        count = count.clamp(min=1)[..., None]
+        mean = total / count
+        covariance = square / count[..., None] - mean[..., :, None] * mean[..., None, :]
+        turn = self._mean_rotation(layer.rope, layer.lengths, mean.shape[-1])[:, None]
+        mean = (mean[..., None, :] @ turn)[..., 0, :]
+        covariance = turn.transpose(-1, -2) @ covariance @ turn
+        starts = layer.starts(call.window)
+        expected = expected_attention(layer.keys, mean, covariance, scale=call.scale, starts=starts)
+        return (group(expected, layer.heads) + self.epsilon) * layer.values.float().norm(dim=-1)
+
+    def _mean_rotation(self, rope: Rope, lengths: torch.Tensor, dim: int) -> torch.Tensor:
+        """Matrices ``(batch, head_dim, head_dim)`` that turn a row vector by the mean over the next positions."""
+        ahead = lengths[:, None] + torch.arange(self.future, device=lengths.device)
+        eye = torch.eye(dim, device=lengths.device)[None, :, None].expand(len(lengths), -1, self.future, -1)
+        return rope.rotate(eye, ahead[:, None].expand(-1, dim, -1)).mean(2)
