@@ -80,14 +80,9 @@ def _split(text: str | None) -> list[str] | None:
     """A comma-separated list; commas inside parentheses belong to a recipe."""
     if text is None:
         return None
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char == "(") - (char == ")")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    named = [part.strip() for part in parts if part.strip()]
+    from laconic.recipe import split
+
+    named = [part.strip() for part in split(text, ",") if part.strip()]
     if not named:
         raise LaconicError(f"'{text}' is an empty list: give one or more names, separated by commas.")
     return named

@@ -65,7 +65,7 @@ class Method:
         }
 
     def __str__(self) -> str:
-        inner = ", ".join(f"{name}={value}" for name, value in self.parameters().items())
+        inner = ", ".join(str(v) if name == "of" else f"{name}={v}" for name, v in self.parameters().items())
         return self.id + (f"({inner})" if inner else "") + ("" if self.budget == Budget(share=1.0) else f":{self.budget}")
 
     @classmethod

@@ -14,9 +14,20 @@ from laconic.budget import Budget
 from laconic.errors import LaconicError, quote
 from laconic.method import Method
 
-_PART = re.compile(r"(?P<name>[A-Za-z_][\w\-]*)\s*(?:\((?P<parameters>[^()]*)\))?\s*(?::\s*(?P<budget>[\w:.%\-]+))?")
+_HEAD = re.compile(r"(?P<name>[A-Za-z_][\w\-]*)\s*")
+_BUDGET = re.compile(r"\s*:\s*(?P<budget>[\w:.%\-]+)")
 
-_PLUS = re.compile(r"\+(?![^()]*\))")  # a plus inside parentheses belongs to a number
+
+def split(text: str, separator: str) -> list[str]:
+    """The parts of ``text`` between separators that stand outside parentheses."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == separator and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,8 @@ class Recipe:
     def parse(cls, value: str | Method | Recipe | Iterable[Method]) -> Recipe:
         """From ``"snapkv:20% + tokenselect(refresh=0.95):256"``, from methods, or from the path of a recipe file.
 
-        A part is ``name``, ``name:budget`` or ``name(parameter=value, ...):budget``; parts are joined by ``+``.
+        A part is ``name``, ``name:budget`` or ``name(parameter=value, ...):budget``; parts are joined by ``+``. A method that
+        works on the scores of another takes it first: ``adakv(snapkv(window=64), floor=0.3):10%``.
         """
         if isinstance(value, Recipe):
             return value
@@ -39,7 +51,7 @@ class Recipe:
             return cls(tuple(value) if isinstance(value, Iterable) else ())
         if value.lower().endswith((".json", ".yaml", ".yml")):
             return cls.load(value)
-        return cls(tuple(_part(part) for part in _PLUS.split(value)))
+        return cls(tuple(_part(part) for part in split(value, "+")))
 
     def __post_init__(self) -> None:
         if not self.methods or not all(isinstance(method, Method) for method in self.methods):
@@ -76,20 +88,36 @@ class Recipe:
 
 
 def _part(text: str) -> Method:
-    match = _PART.fullmatch(text.strip())
-    if match is None:
+    text = text.strip()
+    head = _HEAD.match(text)
+    rest = text[head.end() :] if head else ""
+    inner, rest = _parentheses(rest) if rest.startswith("(") else ("", rest)
+    budget = _BUDGET.fullmatch(rest)
+    if head is None or inner is None or (rest and budget is None):
         raise LaconicError(f"{quote(text)} is not a method: write name, name:budget or name(parameter=value):budget.")
     parameters: dict[str, Any] = {}
-    for item in filter(None, (item.strip() for item in (match["parameters"] or "").split(","))):
+    for item in filter(None, (item.strip() for item in split(inner, ","))):
         key, equals, value = item.partition("=")
-        if not equals:
-            raise LaconicError(f"{quote(item)} in {quote(text)} is not a parameter: write parameter=value.")
-        if key.strip() in parameters or (key.strip() == "budget" and match["budget"]):
+        if not equals or "(" in key:
+            if not hasattr(registry.find(head["name"]), "of"):
+                raise LaconicError(f"{quote(item)} in {quote(text)} is not a parameter: write parameter=value.")
+            key, value = "of", item
+        if key.strip() in parameters or (key.strip() == "budget" and budget):
             raise LaconicError(f"{quote(text)} gives {key.strip()} twice: give it once.")
         parameters[key.strip()] = value.strip()
-    if match["budget"]:
-        parameters["budget"] = Budget.parse(match["budget"])
-    return registry.get(match["name"], **parameters)
+    if budget:
+        parameters["budget"] = Budget.parse(budget["budget"])
+    return registry.get(head["name"], **parameters)
+
+
+def _parentheses(text: str) -> tuple[str | None, str]:
+    """What stands between the first parenthesis and its partner, and what follows; None if there is no partner."""
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0:
+            return text[1:i], text[i + 1 :]
+    return None, ""
 
 
 def _is_yaml(path: str | Path) -> bool:

@@ -100,6 +100,11 @@ class EvictMethod(AttentionMethod):
     def observe(self, layer: KVLayer, call: Call) -> None:
         """Called after every forward, also when nothing is evicted: the place to accumulate."""
 
+    @property
+    def watches(self) -> bool:
+        """Whether ``observe`` looks at the keys in every step."""
+        return type(self).observe is not EvictMethod.observe
+
     def protected(self, quota: torch.Tensor) -> tuple[int, int | torch.Tensor]:
         """How many first and newest tokens never compete, for budgets of ``quota`` (batch,) tokens."""
         return self.sinks, self.recent

@@ -55,7 +55,7 @@ class Policy:
             method.observe(layer, call)
         for method in self.evictors:
             slots = method.keep(layer, call)
-            if method.reads_keys and (slots is not None or type(method).observe is not EvictMethod.observe):
+            if method.reads_keys and (slots is not None or method.watches):
                 read += layer.keys.numel() * layer.keys.element_size()
             if slots is not None:
                 if self.measure:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from laconic import kernels
 from laconic.errors import LaconicError
+from laconic.primitives.allocate import by_score
 
 
 def keep_top(
@@ -31,6 +34,40 @@ def keep_top(
     Raises:
         LaconicError: when a row has more tokens than its quota and the quota cannot hold the protected ones.
     """
+    return hide(best(protect(scores, quota, starts, sinks, recent, name), quota), starts)
+
+
+def keep_top_of_all_heads(
+    scores: torch.Tensor,
+    quota: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    sinks: int = 0,
+    recent: int | torch.Tensor = 0,
+    floor: float = 0.0,
+    name: str = "selection",
+) -> torch.Tensor:
+    """As ``keep_top``, but the heads of a row share ``heads * quota`` entries: the best of all heads, wherever they are.
+
+    Every head keeps its protected entries and at least the share ``floor`` of its even quota. Heads with fewer entries than
+    others get empty slots (-1) in front. Scores must be comparable between heads (Ada-KV, 2024).
+    """
+    worth = protect(scores, quota, starts, sinks, recent, name)
+    quotas = torch.zeros(*worth.shape[:2], dtype=torch.int64, device=worth.device)
+    for row, k in enumerate(quota.tolist()):
+        if k:
+            quotas[row] = by_score(worth[row : row + 1], k * worth.shape[1], floor=math.ceil(floor * k))[0]
+    return hide(quota_top(worth, quotas), starts)
+
+
+def protect(
+    scores: torch.Tensor,
+    quota: torch.Tensor,
+    starts: torch.Tensor | None,
+    sinks: int,
+    recent: int | torch.Tensor,
+    name: str,
+) -> torch.Tensor:
+    """Scores in which protected entries are +inf and hidden ones -inf; arguments and error as in ``keep_top``."""
     batch, heads, n = scores.shape
     slot = torch.arange(n, device=scores.device)
     recent = torch.as_tensor(recent, device=slot.device).expand(batch)
@@ -39,8 +76,7 @@ def keep_top(
         first = (starts if heads > 1 else starts.amin(1, keepdim=True))[..., None]
     check_room(quota, (n - first[..., 0]).amin(-1), sinks, recent, name)
     worth = scores.float().masked_fill((slot < first + sinks) | (slot >= n - recent[:, None, None]), float("inf"))
-    worth = worth.masked_fill(slot < first, float("-inf"))
-    return hide(best(worth, quota), starts)
+    return worth.masked_fill(slot < first, float("-inf"))
 
 
 def check_room(quota: torch.Tensor, visible: torch.Tensor, sinks: int, recent: torch.Tensor, name: str) -> None:

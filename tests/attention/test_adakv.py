@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from attend import Run, held, random_qkv
+from hypothesis import given
+from hypothesis import strategies as st
+
+import laconic
+from laconic import Recipe
+from laconic.errors import LaconicError
+from laconic.primitives.select import keep_top_of_all_heads
+
+
+@given(st.integers(0, 10**6), st.integers(6, 20), st.sampled_from([0.0, 0.3, 1.0]))
+def test_the_best_of_all_heads_stay(seed: int, quota: int, floor: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.rand(2, 3, 30, generator=g) * torch.tensor([1.0, 3.0, 0.2])[:, None]
+    starts = torch.tensor([[0], [8]]).expand(2, 3)
+    picked = keep_top_of_all_heads(scores, torch.tensor([quota, quota - 2]), starts, sinks=1, recent=2, floor=floor)
+    for row, (k, first) in enumerate([(quota, 0), (quota - 2, 8)]):
+        worth = scores[row].clone()
+        worth[:, :first] = -1
+        worth[:, first] = worth[:, -2:] = 99
+        worth[:, -2:] = 99
+        sure = {(h, int(i)) for h in range(3) for i in worth[h].topk(-int(-floor * k // 1)).indices}
+        others = sorted((float(worth[h, i]), h, i) for h in range(3) for i in range(first, 30) if (h, i) not in sure)[::-1]
+        sure |= {(h, i) for _, h, i in others[: max(0, 3 * k - len(sure))]}
+        found = {(h, i) for h in range(3) for i in picked[row, h].tolist() if i >= 0}
+        assert found == sure
+        for h in range(3):
+            slots = picked[row, h].tolist()
+            assert slots == sorted(slots)
+
+
+def test_it_is_the_other_method_where_every_head_keeps_its_share() -> None:
+    qkv = random_qkv(50)
+    for inner in ("knorm(sinks=2, recent=3)", "snapkv(window=4, kernel=3)", "h2o", "tova(per_head=true)"):
+        runs = [Run(recipe, qkv, 40, pads=(0, 9)) for recipe in (f"adakv({inner}, floor=1):12", f"{inner}:12")]
+        for (_, one), (_, other) in zip(*runs, strict=True):
+            torch.testing.assert_close(one, other)
+        assert held(runs[0]) == held(runs[1])
+
+
+def test_heads_get_what_their_scores_earn_and_the_total_is_the_budget() -> None:
+    query, keys, values = random_qkv(60, batch=1)
+    keys[0, 0] *= 0.05  # head 0 attends to everything alike, head 1 to a few tokens
+    keys[0, 1] *= 6
+    run = Run("adakv(snapkv(window=4, kernel=1), floor=0.1):20", [query, keys, values], 60)
+    run.piece(0, 60)
+    sizes = [len(head) for head in held(run)[0]]
+    assert sum(sizes) == 40 and sizes[0] != sizes[1] and min(sizes) >= 4
+    assert run.layer.n == max(sizes), "a layer is as long as its longest head"
+
+
+def test_recipes_nest_and_come_back() -> None:
+    for text in ("adakv:10%", "adakv(snapkv(window=16, kernel=3), floor=0.5):10%", "adakv(knorm):64 + tokenselect:32"):
+        recipe = Recipe.parse(text)
+        assert Recipe.parse(str(recipe)) == recipe
+    method = Recipe.parse("adakv(snapkv(window=16), floor=0.5):10%").methods[0]
+    assert method.of == "snapkv(window=16)" and method.inner.window == 16 and str(method.inner.budget) == "10%"
+    assert laconic.get("adakv", of="knorm", budget="10%") == Recipe.parse("adakv(knorm):10%").methods[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("adakv(tokenselect):10%", "tokenselect has no scores of entries"),
+        ("adakv(adakv(knorm)):10%", "adakv has no scores"),
+        ("adakv(knorm:10%)", "without a budget"),
+        ("adakv(knorm + h2o):10%", "of names one method"),
+        ("adakv(knrm):10%", "knorm"),
+        ("adakv(knorm, h2o):10%", "gives of twice"),
+        ("snapkv(knorm):10%", "is not a parameter"),
+        ("adakv(snapkv(window=4):10%", "is not a method"),
+        ("adakv(floor=2)", "up to 1"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(LaconicError, match=sentence) as error:
+        Recipe.parse(text)
+    assert "\n" not in str(error.value)
