@@ -187,8 +187,8 @@ def update(
     new_variance = torch.where(first, spread * some / (some - 1).clamp(min=1), later)
     new_mean = torch.where(first, fresh, (mean * seen + fresh) / (seen + 1))
     empty = size == 0
-    kept = (torch.where(empty, a, b) for a, b in ((mean, new_mean), (variance, new_variance)))
-    return *kept, torch.where(empty, seen, (seen + 1).clamp(max=WINDOWS))
+    mean, variance = torch.where(empty, mean, new_mean), torch.where(empty, variance, new_variance)
+    return mean, variance, torch.where(empty, seen, (seen + 1).clamp(max=WINDOWS))
 
 
 def activation(window: torch.Tensor, real: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def hierarchical(model: torch.nn.Module, *, block: int = 128, blocks: int = 64) 
     Raises:
         LaconicError: when the model has no indexer that is known, or the blocks cannot hold what it reads.
     """
-    indexers = [m for m in model.modules() if type(m).__name__ in ROTATIONS]
+    indexers: list[Any] = [m for m in model.modules() if type(m).__name__ in ROTATIONS]
     if not indexers:
         raise LaconicError(f"{type(model).__name__} has no indexer: use the method hisa, which scores with attention itself.")
     topk = max(m.index_topk for m in indexers)
@@ -37,7 +37,7 @@ def hierarchical(model: torch.nn.Module, *, block: int = 128, blocks: int = 64) 
             f"{blocks} blocks of {block} tokens may not hold the {topk} that the model reads: give at least "
             f"{-(-(topk - 2) // block) + 2} blocks."
         )
-    if model.config._attn_implementation not in ("eager", "sdpa"):
+    if getattr(model.config, "_attn_implementation", None) not in ("eager", "sdpa"):
         raise LaconicError("The search in two stages serves attn_implementation eager and sdpa: load the model with one of them.")
     for module in indexers:
         module.forward = functools.partial(_forward, module, block=block, blocks=blocks, held=weakref.WeakKeyDictionary())
@@ -82,9 +82,9 @@ def _forward(
 
 def _means(held: weakref.WeakKeyDictionary, cache: Any, keys: torch.Tensor, new: int, block: int) -> KeyBlocks:
     """Mean keys of the blocks; those of the last step are continued when the cache has grown by ``new`` and is the same text."""
-    blocks, last = held.get(cache, (None, None)) if cache is not None else (None, None)
-    n = keys.shape[1]
-    if blocks is not None and blocks.n == n - new and last.shape == keys[:, -1].shape and torch.equal(last, keys[:, n - new - 1]):
+    known, n = held.get(cache) if cache is not None else None, keys.shape[1]
+    if known is not None and known[0].n == n - new and torch.equal(known[1], keys[:, n - new - 1]):
+        blocks = known[0]
         blocks.append(keys[:, None, -new:])
     else:
         blocks = KeyBlocks(keys[:, None], block, kind="mean")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from laconic.attention.base import Call, ReadMethod
-from laconic.cache import Buffer, KVLayer
+from laconic.cache import KVLayer
 from laconic.method import parameter
 from laconic.primitives.reduce import GROUP, group
 from laconic.primitives.select import keep_top
@@ -55,7 +55,8 @@ class LongHeads(ReadMethod):
         if self.positions == "compact" and layer.rope is None:
             self.require(False, "this model's rotary embedding is not understood, so positions=compact cannot work.")
         new, starts, quota = call.query.shape[2], layer.starts(call.window), self.quota(layer, call)
-        whole = (quota - layer.lengths % self.chunk) // self.chunk * self.chunk + layer.lengths % self.chunk
+        current = layer.lengths % self.chunk
+        whole = ((quota - current) // self.chunk * self.chunk + current).clamp(min=self.sinks + self.recent)
         quota = torch.where((quota >= 3 * self.chunk) & ~self.covered(layer, call), torch.minimum(whole, quota), quota)
         if not call.decoding:
             quota = torch.minimum(quota + new, layer.lengths)
@@ -83,12 +84,7 @@ class LongHeads(ReadMethod):
 
     def observe(self, layer: KVLayer, call: Call) -> None:
         """Makes the keys of the chunks that are now complete."""
-        memory, name = layer.memory, self.id + ".query"
-        if name in memory:
-            memory[name].append(call.query)
-        else:
-            memory[name] = Buffer(call.query)
-        known = memory.get(self.id + ".keys")
+        queries, known = self._queries(layer, call.query), layer.memory.get(self.id + ".keys")
         before = 0 if known is None else known.shape[2]
         done = (layer.lengths // self.chunk).tolist()
         had = [min(before, (length - call.query.shape[2]) // self.chunk) for length in layer.lengths.tolist()]
@@ -99,16 +95,29 @@ class LongHeads(ReadMethod):
                 keys[:, :, :before] = known
             for row, (a, b) in enumerate(zip(had, done, strict=True)):
                 if max(a, 0) < b:
-                    keys[row, :, max(a, 0) : b] = self._chunk_keys(layer, call, row, max(a, 0), b)
-            memory[self.id + ".keys"] = keys
-        if memory[name].n > 2 * self.chunk:  # those of complete chunks are not needed any more
-            memory[name] = Buffer(memory[name].view()[:, :, -self.chunk :])
+                    keys[row, :, max(a, 0) : b] = self._chunk_keys(layer, queries, row, max(a, 0), b, call.scale)
+            layer.memory[self.id + ".keys"] = keys
 
-    def _chunk_keys(self, layer: KVLayer, call: Call, row: int, first: int, last: int) -> torch.Tensor:
+    def _queries(self, layer: KVLayer, new: torch.Tensor) -> torch.Tensor:
+        """The ``new`` queries (batch, heads, any, head_dim) behind those of the open chunk; keeps what the next call needs."""
+        memory, name, count = layer.memory, self.id + ".query", layer.memory.get(self.id + ".count", 0)
+        end = count + new.shape[2]
+        if name in memory and end <= memory[name].shape[2]:
+            memory[name][:, :, count:end] = new
+            memory[self.id + ".count"] = end
+            return memory[name][:, :, :end]
+        queries = new if name not in memory else torch.cat([memory[name][:, :, max(0, count - self.chunk) : count], new], dim=2)
+        tail = queries[:, :, -self.chunk :]
+        memory[name] = torch.nn.functional.pad(tail, (0, 0, 0, 2 * self.chunk - tail.shape[2]))
+        memory[self.id + ".count"] = tail.shape[2]
+        return queries
+
+    def _chunk_keys(
+        self, layer: KVLayer, queries: torch.Tensor, row: int, first: int, last: int, scale: float
+    ) -> torch.Tensor:
         """Keys ``(heads, last - first, head_dim)`` of chunks first..last-1 of one row."""
-        size, heads = self.chunk, call.query.shape[1]
+        size, heads = self.chunk, queries.shape[1]
         span = int(layer.lengths[row]) - first * size  # tokens from the first of these chunks on
-        queries = layer.memory[self.id + ".query"].view()
         begin, end = layer.n - span, layer.n - span + (last - first) * size
         complete = begin >= 0 and bool((layer.positions[row, :, begin] == first * size).all())
         if not complete or span > queries.shape[2] or layer.values.shape[-1] != layer.keys.shape[-1]:
@@ -120,7 +129,7 @@ class LongHeads(ReadMethod):
         parts, step = [], max(1, FLOATS // (heads * size * size)) * size
         for low in range(0, keys.shape[1], step):
             part = (t[:, low : low + step].unflatten(1, (-1, size)).float() for t in (query, keys, values))
-            parts.append(_summaries(*part, scale=call.scale))
+            parts.append(_summaries(*part, scale=scale))
         return torch.cat(parts, dim=1)
 
     def _mean(self, layer: KVLayer, row: int, number: int) -> torch.Tensor:

@@ -157,6 +157,28 @@ def test_the_mean_stands_in_where_queries_are_gone() -> None:
     torch.testing.assert_close(found[0, :, :9], local[:, :9].repeat_interleave(2, 0), atol=1e-5, rtol=1e-5)
 
 
+def test_whole_chunks_never_leave_too_little_for_protected_tokens(reads: list) -> None:
+    run = Run("longheads(chunk=7, sinks=4, recent=16):21", random_qkv(60, batch=1), 40)
+    for seen, _ in run:
+        if seen > 40:
+            slots = reads[-1][0].indices
+            assert slots.shape[2] in (20, 21) and {*range(4), *range(seen - 16, seen)} <= set(slots[0, 0].tolist())
+
+
+def test_rows_may_change_places() -> None:
+    """As beams do: what was kept of each row goes along, queries of the open chunk included."""
+    outputs = []
+    for order in ([0, 1], [1, 0]):
+        qkv = [t[order] for t in random_qkv(60)]
+        run = Run("longheads(chunk=4, sinks=0, recent=1):16", qkv, 38)
+        run.piece(0, 38)
+        if order == [1, 0]:
+            run.layer.reorder_cache(torch.tensor([1, 0]))
+            run.query, run.keys, run.values = (t[order] for t in qkv)
+        outputs.append([run.piece(begin, begin + 1) for begin in range(38, 60)])
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
 def test_what_cannot_work_is_refused() -> None:
     for wrong in ({"positions": "far"}, {"reduce": "median"}):
         with pytest.raises(LaconicError):
