@@ -286,6 +286,15 @@ class KVLayer(CacheLayerMixin):
         hidden = (self.shared_positions < first).sum(-1)
         return hidden.expand(-1, self.heads)
 
+    def slots_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """Slots of the entries at true ``positions`` (batch, heads or 1, k), ascending; -1 in front for what is not held."""
+        held = self.shared_positions
+        heads = max(held.shape[1], positions.shape[1])
+        held, wanted = held.expand(-1, heads, -1).contiguous(), positions.expand(-1, heads, -1).contiguous()
+        found = torch.searchsorted(held, wanted).clamp(max=self.n - 1)
+        absent = (wanted < 0) | (held.gather(2, found) != wanted)
+        return found.masked_fill(absent, -1).sort(dim=-1).values
+
     def keep(self, slots: torch.Tensor) -> None:
         """Evicts all but ``slots``, int64 ``(batch, kv_heads or 1, kept)`` ascending; -1 is an empty slot."""
         self._catch_up()

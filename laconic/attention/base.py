@@ -134,8 +134,8 @@ class ReadMethod(AttentionMethod):
         """Worth of every entry for this query, float ``(batch, kv_heads or 1, n)``."""
         raise NotImplementedError
 
-    def observe(self, layer: KVLayer, call: Call) -> None:
-        """Called after every forward: the place to prepare the next selection."""
+    def observe(self, layer: KVLayer, call: Call) -> int | None:
+        """Called after every forward: the place to prepare the next selection. Gives the bytes of the cache read for it."""
 
     def select(self, layer: KVLayer, call: Call) -> Selection | None:
         """The entries to read in this step, or None to read all."""

@@ -50,7 +50,7 @@ class Policy:
             output, mass = self._chunk(layer, call, selection), None
         read = self._bytes_read(layer, selection)
         if self.reader is not None:
-            self.reader.observe(layer, call)
+            read += self.reader.observe(layer, call) or 0
         for method in self.evictors:  # all see the cache that this step attended to, then the first one evicts
             method.observe(layer, call)
         for method in self.evictors:

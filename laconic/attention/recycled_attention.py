@@ -61,7 +61,7 @@ class RecycledAttention(ReadMethod):
             slots = torch.where(full[:, None, None], everything, padded)
         return Selection(slots)
 
-    def observe(self, layer: KVLayer, call: Call) -> None:
+    def observe(self, layer: KVLayer, call: Call) -> int | None:
         """After a full step the queue is made anew from the newest query."""
         memory = layer.memory
         if not call.decoding:
@@ -69,7 +69,7 @@ class RecycledAttention(ReadMethod):
             layer.slots.pop(self.id, None)
         queue, full = layer.slots.get(self.id), memory.get("recycled.full")
         if queue is not None and not bool(full.any()):
-            return
+            return None
         fresh, query = self._rank(layer, call), call.last.mean(1)
         if queue is None:
             memory["recycled.full"] = torch.ones(fresh.shape[0], dtype=torch.bool, device=fresh.device)
@@ -77,6 +77,7 @@ class RecycledAttention(ReadMethod):
             fresh = torch.where(full[:, None, None], fresh, queue)
             query = torch.where(full[:, None], query, memory["recycled.query"])
         layer.slots[self.id], memory["recycled.query"] = fresh, query
+        return layer.keys.numel() * layer.keys.element_size()
 
     def _full_rows(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Boolean ``(batch,)``: which rows make this a full step."""
