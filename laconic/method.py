@@ -36,6 +36,7 @@ class Method:
     needs: ClassVar[str] = "nothing"
     guarantee: ClassVar[str] = "lossy"
     verbs: ClassVar[tuple[str, ...]] = ()
+    takes_budget: ClassVar[bool] = True  # False: it leaves nothing out, so there is nothing to budget
     claims: ClassVar[tuple[Claim, ...]] = ()  # what it is expected to show; measured by laconic compare --suite cards
 
     budget: Budget = parameter(  # noqa: RUF009 (returns a dataclass field)

@@ -143,3 +143,35 @@ class ReadMethod(AttentionMethod):
             return None
         slots = self.choose(layer, call, self.score(layer, call), sinks=self.sinks, recent=self.recent)
         return Selection(slots, bytes_scored=layer.keys.numel() * layer.keys.element_size())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweightMethod(AttentionMethod):
+    """Base of methods that change how much chosen entries weigh, in prompts and in steps; nothing is dropped or skipped.
+
+    A subclass names a few ``columns`` and turns the attention output into that of the changed weights. The weights of
+    these columns, and only of these, are computed: there is no attention map.
+    """
+
+    verbs: ClassVar[tuple[str, ...]] = ("reweight",)
+    takes_budget: ClassVar[bool] = False
+    claims: ClassVar[tuple[Claim, ...]] = ()
+
+    def check(self) -> None:
+        self.require(self.budget.is_full, "it keeps everything, so it takes no budget.")
+
+    def columns(self, layer: KVLayer, call: Call) -> torch.Tensor | None:
+        """Slots of the entries whose weight changes, int64 ``(batch, kv_heads or 1, m)``, -1 for none; None: nothing to do."""
+        raise NotImplementedError
+
+    def reweight(
+        self, layer: KVLayer, output: torch.Tensor, weights: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """The output of the changed weights, float32.
+
+        Args:
+            output: float32 ``(batch, heads, rows, head_dim)``, of the weights as they were.
+            weights: float32 ``(batch, heads, rows, m)``: what the columns weighed.
+            values: float32 ``(batch, heads, m, head_dim)`` of the columns.
+        """
+        raise NotImplementedError

@@ -23,6 +23,7 @@ class Dense(AttentionMethod):
     paper: ClassVar[str] = "Attention Is All You Need (2017)"
     claims: ClassVar[tuple[Claim, ...]] = ()
     guarantee: ClassVar[str] = "exact"
+    takes_budget: ClassVar[bool] = False
 
     def check(self) -> None:
         self.require(self.budget.is_full, "it keeps everything, so it takes no budget: write 'dense'.")

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from laconic import kernels
-from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReadMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReadMethod, ReweightMethod
 from laconic.attention.prefill import prefill_attention
 from laconic.cache import KVLayer, take
 from laconic.errors import LaconicError
+from laconic.primitives.select import hide
 from laconic.selection import Selection
 
 NAME = "laconic"
@@ -37,6 +38,7 @@ class Policy:
             names = " and ".join(m.id for m in readers)
             raise LaconicError(f"{names} both choose what a step reads: keep one of them, and evict with the other kind.")
         self.reader = readers[0] if readers else None
+        self.reweighters = [m for m in methods if isinstance(m, ReweightMethod)]
         self.measure = measure
 
     def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
@@ -45,9 +47,11 @@ class Policy:
             layer.memory["prompt"] = layer.lengths.clone()  # what shares are taken of
         selection = self._select(layer, call)
         if call.decoding:
-            output, mass = self._decode(layer, call, selection)
+            output, lse, mass = self._decode(layer, call, selection)
         else:
-            output, mass = self._chunk(layer, call, selection), None
+            output, lse, mass = self._chunk(layer, call, selection), None, None
+        for method in self.reweighters:
+            output = _reweighted(method, layer, call, output, lse, selection)
         read = self._bytes_read(layer, selection)
         if self.reader is not None:
             read += self.reader.observe(layer, call) or 0
@@ -76,12 +80,12 @@ class Policy:
 
     def _decode(
         self, layer: KVLayer, call: Call, selection: Selection | None
-    ) -> tuple[torch.Tensor, float | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, float | None]:
         options = {"scale": call.scale, "softcap": call.softcap}
         if selection is None:
             starts = layer.starts(call.window)
-            output, _ = kernels.decode_attention(call.last, layer.keys, layer.values, starts=starts, **options)
-            return output[:, :, None], 0.0 if self.measure else None
+            output, lse = kernels.decode_attention(call.last, layer.keys, layer.values, starts=starts, **options)
+            return output[:, :, None], lse, 0.0 if self.measure else None
         if selection.key_positions is None:
             query, keys, values, slots = call.last, layer.keys, layer.values, selection.indices
         else:
@@ -91,7 +95,7 @@ class Policy:
         mass = None
         if self.measure and selection.key_positions is None:
             mass = _mass(layer, call, selection.indices, lse)
-        return output[:, :, None], mass
+        return output[:, :, None], lse, mass
 
     def _chunk(self, layer: KVLayer, call: Call, selection: Selection | None) -> torch.Tensor:
         query, keys, values, positions = call.query, layer.keys, layer.values, layer.shared_positions
@@ -122,6 +126,53 @@ def _moved(
         query = layer.rope.rotate(query, selection.query_shift[:, None, None])
     slots = torch.arange(keys.shape[2], device=keys.device).expand(*selection.indices.shape)
     return query, keys, values, slots.masked_fill(selection.indices < 0, -1)
+
+
+def _reweighted(
+    method: ReweightMethod,
+    layer: KVLayer,
+    call: Call,
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    selection: Selection | None,
+) -> torch.Tensor:
+    """The output of the weights that ``method`` makes of those of its columns."""
+    slots = method.columns(layer, call)
+    if slots is None:
+        return output
+    if selection is not None and selection.key_positions is not None:
+        raise LaconicError(f"{method.id} cannot change weights of keys that are moved: leave positions=keep.")
+    heads = call.query.shape[1]
+    slots = slots.expand(-1, layer.heads, -1)
+    if lse is None:
+        weights = _column_weights(layer, call, slots)
+    else:
+        slots = hide(slots, layer.starts(call.window))
+        if selection is not None:  # what was not read weighs nothing
+            read = (slots[..., None] == selection.indices[:, :, None]).any(-1)
+            slots = slots.masked_fill(~read, -1)
+        logits = kernels.logits(call.last, layer.keys, scale=call.scale, indices=slots)
+        logits = logits if call.softcap is None else call.softcap * torch.tanh(logits / call.softcap)
+        absent = (slots < 0).repeat_interleave(heads // layer.heads, 1)
+        weights = (logits - lse[..., None]).exp().masked_fill(absent, 0.0)[:, :, None]
+    values = take(layer.values, slots).float().repeat_interleave(heads // layer.heads, 1)
+    return method.reweight(layer, output.float(), weights, values).to(output.dtype)
+
+
+def _column_weights(layer: KVLayer, call: Call, slots: torch.Tensor) -> torch.Tensor:
+    """What ``slots`` (batch, kv_heads, m) weigh in every new row, float32 ``(batch, heads, rows, m)``.
+
+    The output of values that are 1 at a column and 0 elsewhere is that column's weight. They are as wide as real values, so
+    that the fused kernel serves them.
+    """
+    m = slots.shape[-1]
+    marks = torch.zeros_like(layer.values, dtype=call.query.dtype)
+    if m > marks.shape[-1]:
+        raise LaconicError(f"{m} columns cannot be reweighted at once: at most {marks.shape[-1]}.")
+    for column, slot in enumerate(slots.unbind(-1)):
+        marks[..., column].scatter_(2, slot.clamp(min=0)[..., None], (slot >= 0)[..., None].to(marks))
+    options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
+    return prefill_attention(call.query, layer.keys, marks, layer.shared_positions, **options)[..., :m].float()
 
 
 def _mass(layer: KVLayer, call: Call, slots: torch.Tensor, lse: torch.Tensor | None = None) -> float:

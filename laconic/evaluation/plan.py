@@ -46,6 +46,9 @@ def plan(
         name = _name(recipe)
         if name == "dense":
             continue
+        if len(recipe.methods) == 1 and not recipe.methods[0].takes_budget:
+            cells.append(Cell(name, "100%", recipe))
+            continue
         written = isinstance(entry, str) and ":" in entry.rsplit(")")[-1]
         if len(recipe.methods) > 1 or written or not recipe.methods[0].budget.is_full:
             cells.append(Cell(name, str(recipe.methods[-1].budget), recipe))

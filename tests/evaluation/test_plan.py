@@ -46,3 +46,8 @@ def test_a_written_full_budget_is_one_cell() -> None:
 def test_impossible_budgets(budget: str) -> None:
     with pytest.raises(LaconicError, match="Budget"):
         plan(["h2o"], [budget])
+
+
+def test_methods_that_take_no_budget_have_one_cell() -> None:
+    cells = plan(["zerotuning(gamma=2)", "knorm"], ["5%", "10%"])
+    assert [cell.label for cell in cells] == ["dense", "zerotuning(gamma=2.0):100%", "knorm:5%", "knorm:10%"]
