@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from laconic import kernels
-from laconic.attention.base import Call, ReadMethod
+from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.cache import KVLayer, take
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import group
 from laconic.primitives.select import keep_top
@@ -39,6 +40,7 @@ class ActQKV(ReadMethod):
 
     id: ClassVar[str] = "actqkv"
     paper: ClassVar[str] = "Activation-aware Probe-Query: Effective Key-Value Retrieval for Long-Context LLMs Inference (2025)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("quest"))
     reads_chunks: ClassVar[bool] = True
 
     recent: int = parameter(32, "newest tokens that are always read; the original has 512", least=0)

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.errors import LaconicError, quote
 from laconic.method import parameter
 from laconic.primitives.select import keep_top_of_all_heads
@@ -30,6 +31,7 @@ class AdaKV(EvictMethod):
 
     id: ClassVar[str] = "adakv"
     paper: ClassVar[str] = "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("snapkv"), Claim("snapkv", "kl"))
 
     of: str = parameter("snapkv", "the evicting method whose scores are shared, with its parameters")
     floor: float = parameter(0.2, "share of the even budget that every head keeps in any case", least=0)

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod
 from laconic.attention.rope import Rope
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import group
 from laconic.primitives.scores import expected_attention
@@ -31,6 +32,7 @@ class ExpectedAttention(EvictMethod):
 
     id: ClassVar[str] = "expected_attention"
     paper: ClassVar[str] = "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries (2025)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("keydiff"))
 
     future: int = parameter(512, "positions ahead over which the rotation of queries is averaged", least=1)
     epsilon: float = parameter(0.0, "added to the expected attention before it is multiplied by the value's length", least=0)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import GROUP
 from laconic.primitives.scores import attention_received
@@ -30,6 +31,7 @@ class H2O(EvictMethod):
 
     id: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs (2023)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("tova"))
 
     sinks: int = parameter(0, "first tokens that are always kept", least=0)
     recent: int = parameter(1, "newest tokens that are kept at least, whatever recent_share says", least=0)

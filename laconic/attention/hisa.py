@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from laconic import kernels
-from laconic.attention.base import Call, ReadMethod
+from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.blocks import best_blocks, group_vote, keep_top_among
 from laconic.registry import register
@@ -36,6 +37,7 @@ class HISA(ReadMethod):
 
     id: ClassVar[str] = "hisa"
     paper: ClassVar[str] = "HISA: Efficient Hierarchical Indexing for Fine-Grained Sparse Attention (2026)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("quest"), Claim("dense", "bytes_read", by=2))
 
     block: int = parameter(64, "tokens per block", least=1)
     oversample: float = parameter(4.0, "tokens of the chosen blocks per token that is read", least=1)

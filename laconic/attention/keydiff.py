@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.primitives.scores import key_novelty
 from laconic.registry import register
 
@@ -24,6 +25,7 @@ class KeyDiff(EvictMethod):
 
     id: ClassVar[str] = "keydiff"
     paper: ClassVar[str] = "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference (2025)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("knorm"))
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return key_novelty(layer.keys, layer.starts(call.window))

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.primitives.scores import key_norm
 from laconic.registry import register
 
@@ -24,6 +25,7 @@ class KNorm(EvictMethod):
 
     id: ClassVar[str] = "knorm"
     paper: ClassVar[str] = "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("keydiff"))
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return key_norm(layer.keys)

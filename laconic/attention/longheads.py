@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, ReadMethod
+from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import GROUP, group
 from laconic.primitives.select import keep_top
@@ -35,6 +36,7 @@ class LongHeads(ReadMethod):
 
     id: ClassVar[str] = "longheads"
     paper: ClassVar[str] = "LongHeads: Multi-Head Attention is Secretly a Long Context Processor (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("quest"))
 
     chunk: int = parameter(32, "tokens per chunk; the original has 256 and a budget of 4096", least=1)
     reduce: str = parameter("max", "from query heads to their KV head: max, mean or sum of the scores")

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call
+from laconic.attention.base import AttentionMethod, Call
 from laconic.attention.snapkv import SnapKV
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.registry import register
 
@@ -27,6 +28,7 @@ class PyramidKV(SnapKV):
 
     id: ClassVar[str] = "pyramidkv"
     paper: ClassVar[str] = "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("snapkv"))
 
     beta: float = parameter(20.0, "mean budget over the last layer's, beyond the window; 1 gives every layer the same", least=1)
 

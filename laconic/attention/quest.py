@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from laconic import kernels
-from laconic.attention.base import Call, ReadMethod
+from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.blocks import best_blocks, keep_top_among
 from laconic.primitives.reduce import GROUP, group
@@ -28,6 +29,9 @@ class Quest(ReadMethod):
 
     id: ClassVar[str] = "quest"
     paper: ClassVar[str] = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (
+        *AttentionMethod.claims, Claim("dense", "bytes_read", by=4), Claim("snapkv", question="after"),
+    )  # fmt: skip
 
     page: int = parameter(16, "tokens per page", least=1)
     reduce: str = parameter("max", "from query heads to their KV head: max, mean or sum of the bounds")

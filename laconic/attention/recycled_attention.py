@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, ReadMethod
+from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import pool
 from laconic.primitives.scores import attention_received
@@ -31,6 +32,7 @@ class RecycledAttention(ReadMethod):
 
     id: ClassVar[str] = "recycled_attention"
     paper: ClassVar[str] = "Recycled Attention (2024), later RefreshKV (2025)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("quest"), Claim("dense", "bytes_read", by=8))
 
     sinks: int = parameter(0, "first tokens that are always read", least=0)
     recent: int = parameter(0, "newest tokens that are always read", least=0)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import pool
 from laconic.primitives.scores import attention_received
@@ -26,6 +27,7 @@ class SnapKV(EvictMethod):
 
     id: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV: LLM Knows What You are Looking for Before Generation (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("tova"))
     while_decoding: ClassVar[bool] = False
 
     sinks: int = parameter(0, "first tokens that are always kept", least=0)

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from laconic import kernels
-from laconic.attention.base import Call, ReadMethod
+from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.cache import KVLayer, take
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.select import hide, keep_top
 from laconic.registry import register
@@ -31,6 +32,7 @@ class TidalDecode(ReadMethod):
 
     id: ClassVar[str] = "tidaldecode"
     paper: ClassVar[str] = "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("quest"))
 
     sinks: int = parameter(0, "first tokens that are always read", least=0)
     recent: int = parameter(1, "newest tokens that are always read", least=1)

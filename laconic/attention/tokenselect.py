@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from laconic import kernels
-from laconic.attention.base import Call, ReadMethod
+from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import pool
 from laconic.primitives.select import hide, keep_top
@@ -33,6 +34,7 @@ class TokenSelect(ReadMethod):
 
     id: ClassVar[str] = "tokenselect"
     paper: ClassVar[str] = "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("quest"), Claim("snapkv", question="after"))
 
     refresh: float = parameter(0.9, "reuse the selection while the query's cosine is at least this; above 1: never reuse")
     kernel: int = parameter(1, "width of the max pooling of votes over positions, odd; 1 switches it off", least=1)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.scores import attention_received
 from laconic.registry import register
@@ -25,6 +26,7 @@ class Tova(EvictMethod):
 
     id: ClassVar[str] = "tova"
     paper: ClassVar[str] = "Transformers are Multi-State RNNs (2024)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("h2o"))
 
     sinks: int = parameter(0, "first tokens that are always kept", least=0)
     recent: int = parameter(1, "newest tokens that are always kept", least=0)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod
 from laconic.cache import KVLayer
+from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.scores import attention_received
 from laconic.primitives.select import check_room
@@ -29,6 +30,7 @@ class TreeKV(EvictMethod):
 
     id: ClassVar[str] = "treekv"
     paper: ClassVar[str] = "TreeKV: Smooth Key-Value Cache Compression with Tree Structures (2025)"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("h2o"))
 
     recent: int = parameter(1, "newest tokens that are kept at least, whatever recent_share says", least=1)
     recent_share: float = parameter(0.5, "share of the budget that goes to the newest tokens", least=0)
