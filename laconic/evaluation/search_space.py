@@ -32,7 +32,7 @@ class Entry:
     @property
     def free(self) -> list[bool]:
         """Which of its methods get their budget from the search."""
-        return [method.budget.is_full for method in self.recipe.methods]
+        return [method.budget.is_full and method.takes_budget for method in self.recipe.methods]
 
     def choices(self) -> list[dict[str, tuple[Any, ...]]]:
         """For each method the parameters that are searched, with their values."""

@@ -337,3 +337,9 @@ def test_a_task_that_dense_cannot_do(tiny, task: str, tmp_path: Path) -> None:
 
 def test_shares() -> None:
     assert parse_share("99%") == parse_share(0.99) == 0.99 and parse_share("100%") == parse_share(1) == 1.0
+
+
+def test_what_takes_no_budget_gets_none_from_the_search() -> None:
+    from laconic.evaluation.search_space import Entry
+
+    assert Entry(Recipe.parse("tokenselect + zerotuning(gamma=2)")).free == [True, False]
