@@ -36,7 +36,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         debug = options.get("debug", False)
         try:
-            if command.__name__ in ("compare", "generate", "tune", "sinks") and not debug:
+            if command.__name__ in ("compare", "generate", "tune", "sinks", "profile") and not debug:
                 _silence_libraries()
             command(**options)
             sys.stdout.flush()
@@ -448,6 +448,43 @@ def _benchmark_line(row: dict[str, Any]) -> str:
     )
 
 
+@app.command()
+@guarded
+def profile(
+    method: Annotated[str, typer.Argument(help="A method that needs calibration (see laconic methods).")],
+    model: Model = "needle",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("profile.json"),
+    text: Annotated[Path | None, typer.Option("--text", help="A UTF-8 text; by default built-in prompts.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=64, help="Length of each sample.")] = 1024,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to calibrate on.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the built-in prompts.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what a method has to know about a model, once, and keep it in a file.
+
+    \b
+    Examples:
+      laconic profile fasa --model PATH_OR_HUB_ID --output fasa.json
+      laconic compare --model PATH_OR_HUB_ID --methods "fasa(profile=fasa.json)" --budgets 10%
+    """
+    from dataclasses import asdict
+
+    from laconic.evaluation.calibration import calibration_texts
+    from laconic.evaluation.workload import open_model
+    from laconic.profiles import make_profile
+
+    network, tokenizer, _ = open_model(model, device, dtype)
+    made = make_profile(method, network, calibration_texts(tokenizer, text, tokens, samples, seed), seed)
+    made.save(output)
+    if as_json:
+        _print_json(asdict(made))
+    else:
+        print(f"Profile: {output}")
+
+
 explain = typer.Typer(help="Why a model attends as it does.", no_args_is_help=True)
 app.add_typer(explain, name="explain")
 
@@ -474,16 +511,12 @@ def sinks(
       laconic explain sinks
       laconic explain sinks --model PATH_OR_HUB_ID --text code.txt --json
     """
-    from laconic.evaluation.haystack import read_text, reference_text
+    from laconic.evaluation.calibration import text_samples
     from laconic.evaluation.workload import open_model
     from laconic.explain.sinks import sink_report, sink_table
 
     network, tokenizer, _ = open_model(model, device, dtype)
-    ids = tokenizer(read_text(text) if text else reference_text(), return_tensors="pt")["input_ids"][0]
-    if len(ids) < tokens:
-        raise LaconicError(f"The text has {len(ids)} tokens only: give a longer one, or --tokens {len(ids)}.")
-    step = max(1, (len(ids) - tokens) // samples)
-    report = sink_report(network, [ids[i * step : i * step + tokens] for i in range(samples)])
+    report = sink_report(network, text_samples(tokenizer, text, tokens, samples))
     if as_json:
         residual = report.residual_ratio.tolist()
         _print_json({"sink": report.sink, "heads": report.rows(), "residual_ratio": residual})

@@ -51,6 +51,7 @@ class Handle:
                 raise LaconicError(f"{method.id} works at the stage '{method.stage}', which apply does not reach yet.")
         self.model, self.recipe, self.reserve = model, recipe, reserve
         self.policy = engine.Policy(recipe.methods, measure=measure)
+        self.policy.model = model
         self._layers = check_model(model)
         self._rope = find_rope(model)
         self._depth = 0

@@ -40,6 +40,7 @@ class Policy:
         self.reader = readers[0] if readers else None
         self.reweighters = [m for m in methods if isinstance(m, ReweightMethod)]
         self.measure = measure
+        self.model: torch.nn.Module | None = None  # which model it serves, where a method has to know
 
     def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Output ``(batch, heads, new, head_dim)``; afterwards the layer holds what the methods keep."""

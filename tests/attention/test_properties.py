@@ -42,6 +42,18 @@ LASTING = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile for every model, so that methods which need one run on tiny random ones."""
+
+    def tables(method: str, path: str, model: Any) -> dict[str, Any]:
+        config = model.config.get_text_config()
+        pairs = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) // 2
+        return {"rope": "half", "ranking": [[list(range(pairs))] * config.num_key_value_heads] * config.num_hidden_layers}
+
+    monkeypatch.setattr("laconic.attention.fasa.find_profile", tables)
+
+
 def protected(name: str) -> dict[str, int]:
     """Protection parameters of a method, set to something other than their defaults."""
     known = [f.name for f in fields(METHODS[name])]

@@ -1,0 +1,141 @@
+"""FASA: a few frequency pairs of the rotary embedding rank the tokens like all dimensions do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from laconic import kernels
+from laconic.attention.base import AttentionMethod, Call, ReadMethod
+from laconic.attention.engine import Policy
+from laconic.cache import KVLayer
+from laconic.claims import Claim
+from laconic.errors import quote
+from laconic.method import parameter
+from laconic.profiles import find_profile
+from laconic.registry import register
+from laconic.selection import Selection
+
+TRACK = "fasa"
+QUERIES = 64  # last tokens of a text whose choices are compared in calibration
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FASA(ReadMethod):
+    """Votes on the dominant pairs of dimensions of each KV head only, then reads the chosen tokens with all dimensions.
+
+    A rotary embedding turns dimensions in pairs, each with its frequency. Which pairs choose the same tokens as the whole
+    head is measured once per model (the profile ranks all pairs of every KV head by their contextual agreement);
+    ``pairs`` of them are copied beside the cache, so that a step's choice reads 2 * ``pairs`` numbers per token. Each KV head
+    chooses for itself. Nothing is forgotten, and memory grows by the copies.
+    """
+
+    id: ClassVar[str] = "fasa"
+    paper: ClassVar[str] = "FASA: Frequency-aware Sparse Attention (2026)"
+    needs: ClassVar[str] = "calibration"
+    claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("tokenselect"), Claim("dense", "bytes_read", by=3))
+
+    pairs: int = parameter(8, "pairs of dimensions that a choice looks at, per KV head", least=1)
+    profile: str = parameter("", "a file of laconic profile fasa; empty: the one that comes with a built-in model")
+
+    def check(self) -> None:
+        missing = bool(self.profile) and not Path(self.profile).is_file()
+        self.require(not missing, f"profile={quote(self.profile)} is no file: make one with laconic profile fasa --model MODEL.")
+
+    def observe(self, layer: KVLayer, call: Call) -> int | None:
+        have = layer.tracks[TRACK].n if TRACK in layer.tracks else 0
+        layer.track(TRACK, self._few(layer, layer.keys[:, :, have:]))
+        return None
+
+    def select(self, layer: KVLayer, call: Call) -> Selection | None:
+        if self.covers(layer, call):
+            return None
+        have = layer.tracks[TRACK].n if TRACK in layer.tracks else 0
+        few = layer.track(TRACK, self._few(layer, layer.keys[:, :, have:]))
+        group = call.query.shape[1] // layer.heads
+        query = self._few(layer, call.last.unflatten(1, (layer.heads, group))).flatten(1, 2)
+        starts, recent = layer.starts(call.window), self.recent
+        begin = torch.zeros(query.shape[0], layer.heads, dtype=torch.int64) if starts is None else starts
+        votes = kernels.vote(
+            query, few, scale=call.scale, starts=begin.to(query.device) + self.sinks, stop=layer.n - recent, over="group"
+        )
+        slots = self.choose(layer, call, votes, sinks=self.sinks, recent=recent)
+        return Selection(slots, bytes_scored=few.numel() * few.element_size())
+
+    def _few(self, layer: KVLayer, rows: torch.Tensor) -> torch.Tensor:
+        """The dominant dimensions of ``rows`` (batch, kv_heads, any, head_dim), contiguous."""
+        policy = layer.request.policy
+        tables = find_profile(self.id, self.profile, policy.model if policy is not None else None)
+        ranked = torch.tensor(tables["ranking"][layer.index], device=rows.device)[:, : self.pairs]
+        dims = pair_dimensions(ranked, rows.shape[-1], tables["rope"])
+        return rows.gather(3, dims[None, :, None].expand(rows.shape[0], -1, rows.shape[2], -1))
+
+    @classmethod
+    def calibrate(cls, model: torch.nn.Module, texts: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Ranks the pairs of every layer and KV head by contextual agreement.
+
+        The agreement of a pair is the share of the quarter of past tokens with the largest logits (256 at most) that its
+        logits alone would also choose, mean over the last queries of the texts and the query heads of the group.
+
+        Returns:
+            ``ranking``: ``[layers][kv_heads][pairs]``, best first; ``agreement``: the same shape; ``rope``: the layout.
+        """
+        from laconic.attention.rope import find_rope
+        from laconic.hooks import apply
+
+        rope = find_rope(model)
+        layout = "half" if rope is None else rope.layout
+        probe = _Agreement(layout)
+        for ids in texts:
+            with apply(model, "dense") as handle, torch.no_grad():
+                handle.policy = probe
+                model(ids[None].to(model.device), use_cache=True, logits_to_keep=1)
+        agreement = [probe.found[i] / len(texts) for i in sorted(probe.found)]
+        ranking = [table.argsort(dim=-1, descending=True, stable=True) for table in agreement]
+        return {
+            "rope": layout,
+            "ranking": [table.tolist() for table in ranking],
+            "agreement": [[[round(float(v), 4) for v in head] for head in table] for table in agreement],
+        }
+
+
+def pair_dimensions(pairs: torch.Tensor, head_dim: int, layout: str) -> torch.Tensor:
+    """Dimensions ``(..., 2 * pairs)`` of ``pairs`` (..., pairs): i and i + d / 2 where halves are paired, else 2i and 2i + 1."""
+    other = (pairs, pairs + head_dim // 2) if layout == "half" else (2 * pairs, 2 * pairs + 1)
+    return torch.cat(other, dim=-1)
+
+
+class _Agreement(Policy):
+    """Dense attention that compares what pairs of dimensions would choose with what all choose."""
+
+    def __init__(self, layout: str) -> None:
+        from laconic.recipe import Recipe
+
+        super().__init__(Recipe.parse("dense").methods)
+        self.layout = layout
+        self.found: dict[int, torch.Tensor] = {}
+
+    def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        output = super().attend(layer, call)
+        rows = min(QUERIES, call.query.shape[2] // 2)
+        query, keys = call.query[0, :, -rows:].float(), layer.keys[0].float()
+        group, (n, dim) = query.shape[0] // keys.shape[0], keys.shape[1:]
+        own = torch.arange(n - rows, n, device=keys.device)[:, None]
+        hidden = torch.arange(n, device=keys.device) > own
+        top = max(1, min(256, (n - rows) // 4))
+        table = torch.zeros(keys.shape[0], dim // 2)
+        for head in range(query.shape[0]):
+            mine, held = query[head], keys[head // group]
+            whole = (mine @ held.T).masked_fill(hidden, float("-inf")).topk(top, dim=-1).indices
+            marks = torch.zeros_like(hidden).scatter(1, whole, True)
+            for pair in range(dim // 2):
+                dims = pair_dimensions(torch.tensor([pair]), dim, self.layout)
+                part = (mine[:, dims] @ held[:, dims].T).masked_fill(hidden, float("-inf")).topk(top, dim=-1).indices
+                table[head // group, pair] += float(marks.gather(1, part).float().mean()) / group
+        self.found[layer.index] = self.found.get(layer.index, 0) + table
+        return output

@@ -1,0 +1,117 @@
+"""Profiles: what a method has to know about a model, measured once and kept as JSON.
+
+A method that needs one says ``needs = "calibration"``, has a parameter ``profile`` (a path; empty for the one that comes with a
+built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON. ``find_profile`` gives the tables
+back, and refuses those of another model in one sentence that names the command which makes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laconic.errors import LaconicError, quote
+
+ZOO = Path(__file__).parent / "models" / "zoo"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Tables of one method for one model.
+
+    Attributes:
+        method: the method's id. model: see ``fingerprint``. seed, data: of the texts, and a hash of their token ids.
+        tables: what ``calibrate`` gave.
+    """
+
+    method: str
+    model: dict[str, Any]
+    seed: int
+    data: str
+    tables: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        try:
+            Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise LaconicError(f"The profile cannot be written to {path}: {error.strerror}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Reads what ``save`` wrote."""
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise LaconicError(f"The profile {quote(str(path))} cannot be read: {error.strerror}.") from error
+        except (TypeError, ValueError) as error:
+            raise LaconicError(f"{quote(str(path))} is not a profile: make one with laconic profile.") from error
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """What tells a model from others: architecture, sizes, RoPE layout, and a hash of some of its weights."""
+    from laconic.attention.rope import find_rope
+
+    config, rope = model.config.get_text_config(), find_rope(model)
+    heads = config.num_attention_heads
+    digest = hashlib.sha256()
+    for _, weight in sorted(model.named_parameters())[:8]:
+        digest.update(weight.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+    return {
+        "architecture": type(model).__name__,
+        "layers": config.num_hidden_layers,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "rope": rope.layout if rope is not None else None,
+        "weights": digest.hexdigest()[:16],
+    }
+
+
+def make_profile(method: str, model: torch.nn.Module, texts: Sequence[torch.Tensor], seed: int) -> Profile:
+    """Calibrates ``method`` on token ids, one 1-D tensor per text."""
+    from laconic.registry import find
+
+    cls = find(method)
+    if cls.needs != "calibration":
+        raise LaconicError(f"{method} needs no profile: use it as it is.")
+    data = hashlib.sha256(b"".join(ids.to(torch.int64).numpy().tobytes() for ids in texts)).hexdigest()[:16]
+    return Profile(method, fingerprint(model), seed, data, cls.calibrate(model, texts))
+
+
+def find_profile(method: str, path: str, model: Any) -> dict[str, Any]:
+    """The tables of ``method``, from ``path`` or from what comes with a built-in model.
+
+    ``model`` is the model that they are for, or None where it is not known, and then not checked.
+    """
+    command = f"laconic profile {method} --model MODEL --output FILE"
+    if not path:
+        name = Path(str(getattr(getattr(model, "config", None), "_name_or_path", ""))).name
+        own = ZOO / name / "profiles" / f"{method}.json"
+        if not name or not own.is_file():
+            raise LaconicError(f"{method} needs a profile of this model: make one with {command}, and write profile=FILE.")
+        path = str(own)
+    profile = _load(path)
+    if profile.method != method:
+        raise LaconicError(f"{quote(path)} is a profile for {profile.method}: make one for {method} with {command}.")
+    if model is not None and _known(model) != profile.model:
+        raise LaconicError(f"The profile {quote(path)} is of another model: make one of this model with {command}.")
+    return profile.tables
+
+
+@functools.lru_cache(maxsize=64)
+def _load(path: str) -> Profile:
+    return Profile.load(path)
+
+
+def _known(model: torch.nn.Module) -> dict[str, Any]:
+    """The fingerprint, taken once per model."""
+    if "laconic_fingerprint" not in model.__dict__:
+        model.__dict__["laconic_fingerprint"] = fingerprint(model)
+    return model.__dict__["laconic_fingerprint"]
