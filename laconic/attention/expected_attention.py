@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from laconic.attention.base import AttentionMethod, Call, EvictMethod
-from laconic.attention.rope import Rope
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
@@ -54,15 +53,12 @@ class ExpectedAttention(EvictMethod):
         count = count.clamp(min=1)[..., None]
         mean = total / count
         covariance = square / count[..., None] - mean[..., :, None] * mean[..., None, :]
-        turn = self._mean_rotation(layer.rope, layer.lengths, mean.shape[-1])[:, None]
-        mean = (mean[..., None, :] @ turn)[..., 0, :]
-        covariance = turn.transpose(-1, -2) @ covariance @ turn
+        mean, covariance = (self._ahead(layer, moment) for moment in (mean, covariance))
+        covariance = self._ahead(layer, covariance.transpose(-1, -2))  # both of its sides turn
         starts = layer.starts(call.window)
         expected = expected_attention(layer.keys, mean, covariance, scale=call.scale, starts=starts)
         return (group(expected, layer.heads) + self.epsilon) * layer.values.float().norm(dim=-1)
 
-    def _mean_rotation(self, rope: Rope, lengths: torch.Tensor, dim: int) -> torch.Tensor:
-        """Matrices ``(batch, head_dim, head_dim)`` that turn a row vector by the mean over the next positions."""
-        ahead = lengths[:, None] + torch.arange(self.future, device=lengths.device)
-        eye = torch.eye(dim, device=lengths.device)[None, :, None].expand(len(lengths), -1, self.future, -1)
-        return rope.rotate(eye, ahead[:, None].expand(-1, dim, -1)).mean(2)
+    def _ahead(self, layer: KVLayer, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` (batch, ..., head_dim) turned to the positions ahead, on average."""
+        return layer.rope.rotate_mean(rows, layer.lengths, self.future)

@@ -24,7 +24,16 @@ class Rope:
     def rotate(self, x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """Turns ``x`` (..., n, head_dim) by ``offset`` positions (..., n), broadcast; negative offsets undo."""
         angle = offset[..., None].to(torch.float32) * self.frequencies.to(x.device, torch.float32)
-        cos, sin = angle.cos(), angle.sin()
+        return self._turn(x, angle.cos(), angle.sin())
+
+    def rotate_mean(self, x: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+        """The mean of ``x`` (batch, ..., head_dim) turned by each of the ``count`` positions from ``first`` (batch,) on."""
+        ahead = first[:, None] + torch.arange(count, device=x.device)
+        angle = ahead[..., None].to(torch.float32) * self.frequencies.to(x.device, torch.float32)
+        shape = (len(first), *[1] * (x.dim() - 2), -1)
+        return self._turn(x, angle.cos().mean(1).view(shape), angle.sin().mean(1).view(shape))
+
+    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         width = 2 * self.frequencies.shape[0]
         turned, rest = x[..., :width].float(), x[..., width:]
         if self.layout == "half":
