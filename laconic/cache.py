@@ -88,6 +88,16 @@ def take(tensor: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return tensor.gather(2, index)
 
 
+def locate(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Where in ``held`` (batch, heads or 1, n), ascending, each of ``wanted`` (batch, heads or 1, k) stands: int64
+    ``(batch, heads, k)``, ascending; -1 in front for what is not held, and for a wanted -1."""
+    heads = max(held.shape[1], wanted.shape[1])
+    held, wanted = held.expand(-1, heads, -1).contiguous(), wanted.expand(-1, heads, -1).contiguous()
+    found = torch.searchsorted(held, wanted).clamp(max=held.shape[-1] - 1)
+    absent = (wanted < 0) | (held.gather(2, found) != wanted)
+    return found.masked_fill(absent, -1).sort(dim=-1).values
+
+
 class Request:
     """What the layers of one cache share: the policy that serves them, the incoming positions, and the figures.
 
@@ -288,12 +298,7 @@ class KVLayer(CacheLayerMixin):
 
     def slots_of(self, positions: torch.Tensor) -> torch.Tensor:
         """Slots of the entries at true ``positions`` (batch, heads or 1, k), ascending; -1 in front for what is not held."""
-        held = self.shared_positions
-        heads = max(held.shape[1], positions.shape[1])
-        held, wanted = held.expand(-1, heads, -1).contiguous(), positions.expand(-1, heads, -1).contiguous()
-        found = torch.searchsorted(held, wanted).clamp(max=self.n - 1)
-        absent = (wanted < 0) | (held.gather(2, found) != wanted)
-        return found.masked_fill(absent, -1).sort(dim=-1).values
+        return locate(self.shared_positions, positions)
 
     def keep(self, slots: torch.Tensor) -> None:
         """Evicts all but ``slots``, int64 ``(batch, kv_heads or 1, kept)`` ascending; -1 is an empty slot."""

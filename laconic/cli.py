@@ -454,7 +454,8 @@ def profile(
     method: Annotated[str, typer.Argument(help="A method that needs calibration (see laconic methods).")],
     model: Model = "needle",
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("profile.json"),
-    text: Annotated[Path | None, typer.Option("--text", help="A UTF-8 text; by default built-in prompts.")] = None,
+    task: Annotated[str, typer.Option("--task", "-t", help="Prompts, as in laconic compare: a name, or FILE.jsonl")] = "needle",
+    text: Annotated[Path | None, typer.Option("--text", help="Stretches of a UTF-8 text instead.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=64, help="Length of each sample.")] = 1024,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to calibrate on.")] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the built-in prompts.")] = 1,
@@ -465,9 +466,14 @@ def profile(
 ) -> None:
     """Measure what a method has to know about a model, once, and keep it in a file.
 
+    Methods that reweight (zerotuning, act) look for the heads with which the prompts are answered better. The score is the share
+    of right answers, and then the mean log-probability of these; without answers, minus the entropy of the next token. It is
+    the highest of many, so check it on other prompts.
+
     \b
     Examples:
       laconic profile fasa --model PATH_OR_HUB_ID --output fasa.json
+      laconic profile zerotuning --model PATH_OR_HUB_ID --task mine.jsonl --samples 40 --output zt.json
       laconic compare --model PATH_OR_HUB_ID --methods "fasa(profile=fasa.json)" --budgets 10%
     """
     from dataclasses import asdict
@@ -477,12 +483,16 @@ def profile(
     from laconic.profiles import make_profile
 
     network, tokenizer, _ = open_model(model, device, dtype)
-    made = make_profile(method, network, calibration_texts(tokenizer, text, tokens, samples, seed), seed)
+    texts, answers = calibration_texts(tokenizer, text, task, tokens, samples, seed)
+    made = make_profile(method, network, texts, seed, answers)
     made.save(output)
     if as_json:
         _print_json(asdict(made))
-    else:
-        print(f"Profile: {output}")
+        return
+    if "before" in made.tables:
+        scores = (", ".join(f"{number:.4g}" for number in made.tables[when]) for when in ("before", "after"))
+        print("Score on these prompts: {} without the method, {} with this profile".format(*scores))
+    print(f"Profile: {output}")
 
 
 explain = typer.Typer(help="Why a model attends as it does.", no_args_is_help=True)

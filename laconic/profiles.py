@@ -1,14 +1,16 @@
 """Profiles: what a method has to know about a model, measured once and kept as JSON.
 
 A method that needs one says ``needs = "calibration"``, has a parameter ``profile`` (a path; empty for the one that comes with a
-built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON. ``find_profile`` gives the tables
-back, and refuses those of another model in one sentence that names the command which makes them.
+built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON; one that learns from right
+answers takes ``answers=None`` too. ``find_profile`` gives the tables back, and refuses those of another model in one sentence
+that names the command which makes them.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -74,15 +76,30 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def make_profile(method: str, model: torch.nn.Module, texts: Sequence[torch.Tensor], seed: int) -> Profile:
-    """Calibrates ``method`` on token ids, one 1-D tensor per text."""
+def make_profile(
+    method: str,
+    model: torch.nn.Module,
+    texts: Sequence[torch.Tensor],
+    seed: int,
+    answers: Sequence[torch.Tensor] | None = None,
+) -> Profile:
+    """Calibrates ``method`` on token ids, one 1-D tensor per text; on right ``answers`` to them, where it learns from such."""
     from laconic.registry import find
 
     cls = find(method)
-    if cls.needs != "calibration":
+    if not hasattr(cls, "calibrate"):
         raise LaconicError(f"{method} needs no profile: use it as it is.")
-    data = hashlib.sha256(b"".join(ids.to(torch.int64).numpy().tobytes() for ids in texts)).hexdigest()[:16]
-    return Profile(method, fingerprint(model), seed, data, cls.calibrate(model, texts))
+    learns = answers is not None and "answers" in inspect.signature(cls.calibrate).parameters
+    used = [*texts, *answers] if learns else texts
+    data = hashlib.sha256(b"".join(ids.to(torch.int64).numpy().tobytes() for ids in used)).hexdigest()[:16]
+    tables = cls.calibrate(model, texts, answers) if learns else cls.calibrate(model, texts)
+    return Profile(method, fingerprint(model), seed, data, tables)
+
+
+def need_file(method: str, path: str) -> None:
+    """Refuses a ``path`` at which there is nothing, where a recipe is written rather than where it runs."""
+    if path and not Path(path).is_file():
+        raise LaconicError(f"{method}: profile={quote(path)} is no file: make one with laconic profile {method} --model MODEL.")
 
 
 def find_profile(method: str, path: str, model: Any) -> dict[str, Any]:

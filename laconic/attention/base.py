@@ -1,4 +1,4 @@
-"""The two verbs of attention methods: evict (forget for good) and read (attend to a part, forget nothing)."""
+"""The verbs of attention methods: evict (forget for good), read (attend to a part, forget nothing), reweight."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ class ReadMethod(AttentionMethod):
 class ReweightMethod(AttentionMethod):
     """Base of methods that change how much chosen entries weigh, in prompts and in steps; nothing is dropped or skipped.
 
-    A subclass names a few ``columns`` and turns the attention output into that of the changed weights. The weights of
-    these columns, and only of these, are computed: there is no attention map.
+    A subclass names a few ``columns`` and by what ``factor`` they weigh more or less against all other entries; the weights
+    then sum to 1 again. There is no attention map (see ``laconic.attention.reweight``).
     """
 
     verbs: ClassVar[tuple[str, ...]] = ("reweight",)
@@ -164,14 +164,11 @@ class ReweightMethod(AttentionMethod):
         """Slots of the entries whose weight changes, int64 ``(batch, kv_heads or 1, m)``, -1 for none; None: nothing to do."""
         raise NotImplementedError
 
-    def reweight(
-        self, layer: KVLayer, output: torch.Tensor, weights: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """The output of the changed weights, float32.
+    def factor(self, layer: KVLayer, mass: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        """What the columns are multiplied by against all others, >= 0, float32, broadcast to ``(batch, heads, rows)``.
 
         Args:
-            output: float32 ``(batch, heads, rows, head_dim)``, of the weights as they were.
-            weights: float32 ``(batch, heads, rows, m)``: what the columns weighed.
-            values: float32 ``(batch, heads, m, head_dim)`` of the columns.
+            mass, rest: float32 ``(batch, heads, rows)``: what the columns and all other entries weigh as they are; both exact
+                also where they are small, and 0 in rows of padding.
         """
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReadMethod, ReweightMethod
 from laconic.attention.prefill import prefill_attention
-from laconic.cache import KVLayer, take
+from laconic.attention.reweight import reweighted_chunk, reweighted_step
+from laconic.cache import KVLayer, locate, take
 from laconic.errors import LaconicError
 from laconic.primitives.select import hide
 from laconic.selection import Selection
@@ -27,8 +29,9 @@ UNSUPPORTED = {
 class Policy:
     """What the methods of a recipe do in every attention call: read, attend, evict.
 
-    At most one method reads; any number evict, in order. With ``measure`` the dense attention mass that was not attended
-    (for a reader) or was evicted (for an evictor, at the newest query) is computed too, at the price of a dense pass.
+    At most one method reads and one reweights; any number evict, in order. With ``measure`` the dense attention mass that was
+    not attended (for a reader) or was evicted (for an evictor, at the newest query) is computed too, at the price of a dense
+    pass.
     """
 
     def __init__(self, methods: tuple[AttentionMethod, ...], *, measure: bool = False) -> None:
@@ -38,7 +41,10 @@ class Policy:
             names = " and ".join(m.id for m in readers)
             raise LaconicError(f"{names} both choose what a step reads: keep one of them, and evict with the other kind.")
         self.reader = readers[0] if readers else None
-        self.reweighters = [m for m in methods if isinstance(m, ReweightMethod)]
+        reweighters = [m for m in methods if isinstance(m, ReweightMethod)]
+        if len(reweighters) > 1:
+            raise LaconicError(f"{' and '.join(m.id for m in reweighters)} both change weights: keep one of them.")
+        self.reweighter = reweighters[0] if reweighters else None
         self.measure = measure
         self.model: torch.nn.Module | None = None  # which model it serves, where a method has to know
 
@@ -47,12 +53,13 @@ class Policy:
         if not call.decoding or "prompt" not in layer.memory:
             layer.memory["prompt"] = layer.lengths.clone()  # what shares are taken of
         selection = self._select(layer, call)
-        if call.decoding:
-            output, lse, mass = self._decode(layer, call, selection)
+        columns = self.reweighter.columns(layer, call) if self.reweighter is not None else None
+        if columns is not None:
+            output, mass = self._reweight(layer, call, selection, columns)
+        elif call.decoding:
+            output, mass = self._decode(layer, call, selection)
         else:
-            output, lse, mass = self._chunk(layer, call, selection), None, None
-        for method in self.reweighters:
-            output = _reweighted(method, layer, call, output, lse, selection)
+            output, mass = self._chunk(layer, call, selection), None
         read = self._bytes_read(layer, selection)
         if self.reader is not None:
             read += self.reader.observe(layer, call) or 0
@@ -81,31 +88,45 @@ class Policy:
 
     def _decode(
         self, layer: KVLayer, call: Call, selection: Selection | None
-    ) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    ) -> tuple[torch.Tensor, float | None]:
         options = {"scale": call.scale, "softcap": call.softcap}
         if selection is None:
             starts = layer.starts(call.window)
-            output, lse = kernels.decode_attention(call.last, layer.keys, layer.values, starts=starts, **options)
-            return output[:, :, None], lse, 0.0 if self.measure else None
-        if selection.key_positions is None:
-            query, keys, values, slots = call.last, layer.keys, layer.values, selection.indices
-        else:
-            query, keys, values, slots = _moved(layer, call, selection)
-            query = query[:, :, -1]
-        output, lse = kernels.selected_attention(query, keys, values, slots, **options)
+            output, _ = kernels.decode_attention(call.last, layer.keys, layer.values, starts=starts, **options)
+            return output[:, :, None], 0.0 if self.measure else None
+        query, keys, values, slots, _ = _entries(layer, call, selection)
+        output, lse = kernels.selected_attention(query[:, :, -1], keys, values, slots, **options)
         mass = None
         if self.measure and selection.key_positions is None:
             mass = _mass(layer, call, selection.indices, lse)
-        return output[:, :, None], lse, mass
+        return output[:, :, None], mass
 
     def _chunk(self, layer: KVLayer, call: Call, selection: Selection | None) -> torch.Tensor:
-        query, keys, values, positions = call.query, layer.keys, layer.values, layer.shared_positions
-        if selection is not None:
-            query, keys, values, _ = _moved(layer, call, selection)
-            positions = torch.where(selection.indices < 0, -1, take(positions, selection.indices))
+        query, keys, values, _, positions = _entries(layer, call, selection)
         return prefill_attention(
             query, keys, values, positions, scale=call.scale, window=call.window, softcap=call.softcap
         )
+
+    def _reweight(
+        self, layer: KVLayer, call: Call, selection: Selection | None, columns: torch.Tensor
+    ) -> tuple[torch.Tensor, float | None]:
+        """As ``_decode`` or ``_chunk``, with other weights at the slots ``columns``."""
+        factor = functools.partial(self.reweighter.factor, layer)
+        options = {"scale": call.scale, "softcap": call.softcap}
+        query, keys, values, slots, positions = _entries(layer, call, selection)
+        columns = columns.expand(-1, layer.heads, -1)
+        if selection is not None:
+            columns = locate(selection.indices, columns)
+        if not call.decoding:
+            return reweighted_chunk(query, keys, values, positions, columns, factor, window=call.window, **options), None
+        if slots is None:
+            slots = torch.arange(layer.n, device=keys.device).expand(keys.shape[0], layer.heads, -1)
+            slots = hide(slots, layer.starts(call.window))
+        output = reweighted_step(query[:, :, -1], keys, values, slots, columns, factor, **options)
+        mass = 0.0 if self.measure else None
+        if self.measure and selection is not None:
+            mass = _mass(layer, call, selection.indices) if selection.key_positions is None else None
+        return output[:, :, None], mass
 
     def _bytes_read(self, layer: KVLayer, selection: Selection | None) -> int:
         """Bytes of keys and values that this call had to read from the cache, scoring included."""
@@ -113,6 +134,22 @@ class Policy:
         if selection is None:
             return layer.keys.shape[0] * layer.heads * layer.n * row
         return layer.keys.shape[0] * layer.heads * selection.kept * row + selection.bytes_scored
+
+
+def _entries(
+    layer: KVLayer, call: Call, selection: Selection | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Queries, keys and values of a call, which slots of these are read (None: all), and the positions of the keys.
+
+    A step that moves no key reads in place; a piece of prompt reads a gathered copy.
+    """
+    if selection is None:
+        return call.query, layer.keys, layer.values, None, layer.shared_positions
+    if call.decoding and selection.key_positions is None:
+        return call.query, layer.keys, layer.values, selection.indices, layer.shared_positions
+    query, keys, values, slots = _moved(layer, call, selection)
+    positions = torch.where(selection.indices < 0, -1, take(layer.shared_positions, selection.indices))
+    return query, keys, values, slots, positions
 
 
 def _moved(
@@ -127,53 +164,6 @@ def _moved(
         query = layer.rope.rotate(query, selection.query_shift[:, None, None])
     slots = torch.arange(keys.shape[2], device=keys.device).expand(*selection.indices.shape)
     return query, keys, values, slots.masked_fill(selection.indices < 0, -1)
-
-
-def _reweighted(
-    method: ReweightMethod,
-    layer: KVLayer,
-    call: Call,
-    output: torch.Tensor,
-    lse: torch.Tensor | None,
-    selection: Selection | None,
-) -> torch.Tensor:
-    """The output of the weights that ``method`` makes of those of its columns."""
-    slots = method.columns(layer, call)
-    if slots is None:
-        return output
-    if selection is not None and selection.key_positions is not None:
-        raise LaconicError(f"{method.id} cannot change weights of keys that are moved: leave positions=keep.")
-    heads = call.query.shape[1]
-    slots = slots.expand(-1, layer.heads, -1)
-    if lse is None:
-        weights = _column_weights(layer, call, slots)
-    else:
-        slots = hide(slots, layer.starts(call.window))
-        if selection is not None:  # what was not read weighs nothing
-            read = (slots[..., None] == selection.indices[:, :, None]).any(-1)
-            slots = slots.masked_fill(~read, -1)
-        logits = kernels.logits(call.last, layer.keys, scale=call.scale, indices=slots)
-        logits = logits if call.softcap is None else call.softcap * torch.tanh(logits / call.softcap)
-        absent = (slots < 0).repeat_interleave(heads // layer.heads, 1)
-        weights = (logits - lse[..., None]).exp().masked_fill(absent, 0.0)[:, :, None]
-    values = take(layer.values, slots).float().repeat_interleave(heads // layer.heads, 1)
-    return method.reweight(layer, output.float(), weights, values).to(output.dtype)
-
-
-def _column_weights(layer: KVLayer, call: Call, slots: torch.Tensor) -> torch.Tensor:
-    """What ``slots`` (batch, kv_heads, m) weigh in every new row, float32 ``(batch, heads, rows, m)``.
-
-    The output of values that are 1 at a column and 0 elsewhere is that column's weight. They are as wide as real values, so
-    that the fused kernel serves them.
-    """
-    m = slots.shape[-1]
-    marks = torch.zeros_like(layer.values, dtype=call.query.dtype)
-    if m > marks.shape[-1]:
-        raise LaconicError(f"{m} columns cannot be reweighted at once: at most {marks.shape[-1]}.")
-    for column, slot in enumerate(slots.unbind(-1)):
-        marks[..., column].scatter_(2, slot.clamp(min=0)[..., None], (slot >= 0)[..., None].to(marks))
-    options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
-    return prefill_attention(call.query, layer.keys, marks, layer.shared_positions, **options)[..., :m].float()
 
 
 def _mass(layer: KVLayer, call: Call, slots: torch.Tensor, lse: torch.Tensor | None = None) -> float:

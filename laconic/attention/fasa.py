@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +13,8 @@ from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.attention.engine import Policy
 from laconic.cache import KVLayer
 from laconic.claims import Claim
-from laconic.errors import quote
 from laconic.method import parameter
-from laconic.profiles import find_profile
+from laconic.profiles import find_profile, need_file
 from laconic.registry import register
 from laconic.selection import Selection
 
@@ -44,8 +42,7 @@ class FASA(ReadMethod):
     profile: str = parameter("", "a file of laconic profile fasa; empty: the one that comes with a built-in model")
 
     def check(self) -> None:
-        missing = bool(self.profile) and not Path(self.profile).is_file()
-        self.require(not missing, f"profile={quote(self.profile)} is no file: make one with laconic profile fasa --model MODEL.")
+        need_file(self.id, self.profile)
 
     def observe(self, layer: KVLayer, call: Call) -> int | None:
         have = layer.tracks[TRACK].n if TRACK in layer.tracks else 0

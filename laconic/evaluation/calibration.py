@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from laconic.errors import LaconicError
+from laconic.evaluation.examples import Example
 from laconic.evaluation.haystack import read_text, reference_text
 from laconic.evaluation.tasks import load_task
 
@@ -21,9 +22,34 @@ def text_samples(tokenizer: Any, text: Path | None, tokens: int, samples: int) -
     return [ids[i * step : i * step + tokens] for i in range(samples) if i * step + tokens <= len(ids)]
 
 
-def calibration_texts(tokenizer: Any, text: Path | None, tokens: int, samples: int, seed: int) -> list[torch.Tensor]:
-    """Stretches of a file; without one, prompts of the built-in needle task, whose ends ask for something in the text."""
+def calibration_texts(
+    tokenizer: Any, text: Path | None, task: str, tokens: int, samples: int, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """Stretches of a file; without one, prompts of a task, whose ends ask for something in the text, and their answers.
+
+    A task file brings its own lengths. There are answers, the token ids that go on from each prompt, where every example
+    has one and it is a text, not a pattern.
+    """
     if text is not None:
-        return text_samples(tokenizer, text, tokens, samples)
-    task = load_task("needle", tokenizer, lengths=[tokens], samples=samples, seed=seed)
-    return [tokenizer(example.prompt, return_tensors="pt")["input_ids"][0] for example in task.examples]
+        return text_samples(tokenizer, text, tokens, samples), None
+    lengths = None if task.endswith((".jsonl", ".ndjson")) else [tokens]
+    made = load_task(task, tokenizer, lengths=lengths, samples=samples, seed=seed)
+    if not made.examples:
+        raise LaconicError(f"The task {task} has no examples: give at least one line with a prompt.")
+    known = made.metric not in (None, "regex", "perplexity") and all(e.answer is not None for e in made.examples)
+    pairs = [_pair(tokenizer, example, known) for example in made.examples]
+    return [prompt for prompt, _ in pairs], [answer for _, answer in pairs] if known else None
+
+
+def _pair(tokenizer: Any, example: Example, known: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of a prompt and of its answer; a token that belongs to both is the answer's."""
+    prompt = tokenizer(example.prompt, return_tensors="pt")["input_ids"][0]
+    if not known:
+        return prompt, prompt[:0]
+    answer = example.answer if isinstance(example.answer, str) else example.answer[0]
+    space = "" if example.prompt[-1:].isspace() else " "
+    whole = tokenizer(example.prompt + space + answer, return_tensors="pt")["input_ids"][0]
+    common = min(len(prompt), len(whole) - 1)
+    differs = (prompt[:common] != whole[:common]).nonzero()
+    common = int(differs[0]) if len(differs) else common
+    return whole[:common], whole[common:]
