@@ -504,6 +504,9 @@ app.add_typer(explain, name="explain")
 def sinks(
     model: Model = "needle",
     text: Annotated[Path | None, typer.Option("--text", help="A UTF-8 text; by default the built-in one.")] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="A second text: which heads sleep on one and not on the other.")
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=8, help="Length of each sample.")] = 1024,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of the text.")] = 4,
     device: Device = None,
@@ -513,25 +516,36 @@ def sinks(
 ) -> None:
     """Which heads sleep on the first token: weight on the sink, drained values, residual peaks.
 
-    A head is dormant when later tokens give the sink at least half of their attention on average: what it keeps besides is
-    worth little there. The sink's position tells how many first tokens a method should protect.
+    A head that has nothing to do must still put its attention somewhere: it puts it on one token, the sink, whose value it
+    keeps small. It is dormant when later tokens give the sink at least half of their attention on average, and active below a
+    quarter. In parentheses stands the length of the sink's value over the median, and last the same of its hidden state: far
+    below and far above 1 they tell a real sink. Its position tells how many first tokens a method should protect.
 
     \b
     Examples:
       laconic explain sinks
       laconic explain sinks --model PATH_OR_HUB_ID --text code.txt --json
+      laconic explain sinks --model PATH_OR_HUB_ID --text code.txt --against novel.txt
     """
     from laconic.evaluation.calibration import text_samples
     from laconic.evaluation.workload import open_model
-    from laconic.explain.sinks import sink_report, sink_table
+    from laconic.explain.sinks import active_dormant_map, map_table, sink_report, sink_table, summary
 
     network, tokenizer, _ = open_model(model, device, dtype)
-    report = sink_report(network, text_samples(tokenizer, text, tokens, samples))
+    texts = text_samples(tokenizer, text, tokens, samples)
+    if against is not None:
+        first = text.name if text is not None else "built-in"
+        second = against.name if against.name != first else f"{against.name} (2)"
+        rows = active_dormant_map(network, {first: texts, second: text_samples(tokenizer, against, tokens, samples)})
+        _print_json(rows) if as_json else _console().print(map_table(rows))
+        return
+    report = sink_report(network, texts)
     if as_json:
         residual = report.residual_ratio.tolist()
-        _print_json({"sink": report.sink, "heads": report.rows(), "residual_ratio": residual})
+        _print_json({"sink": report.sink, "heads": report.rows(), "residual_ratio": residual, "summary": summary(report)})
         return
     _console().print(sink_table(report))
+    print(summary(report))
 
 
 def main() -> None:

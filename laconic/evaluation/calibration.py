@@ -14,12 +14,18 @@ from laconic.evaluation.tasks import load_task
 
 
 def text_samples(tokenizer: Any, text: Path | None, tokens: int, samples: int) -> list[torch.Tensor]:
-    """``samples`` stretches of ``tokens`` ids, spread over a UTF-8 file or the built-in text."""
+    """``samples`` stretches of ``tokens`` ids, spread over a UTF-8 file or the built-in text.
+
+    Each begins with the token that the tokenizer puts before a text, if it puts one: models are used to it, and sleep on it.
+    """
     ids = tokenizer(read_text(text) if text else reference_text(), return_tensors="pt")["input_ids"][0]
     if len(ids) < tokens:
         raise LaconicError(f"The text has {len(ids)} tokens only: give a longer one, or --tokens {len(ids)}.")
     step = max(1, (len(ids) - tokens) // samples)
-    return [ids[i * step : i * step + tokens] for i in range(samples) if i * step + tokens <= len(ids)]
+    stretches = [ids[i * step : i * step + tokens] for i in range(samples) if i * step + tokens <= len(ids)]
+    if int(ids[0]) == tokenizer.bos_token_id:
+        stretches[1:] = [torch.cat([ids[:1], stretch[:-1]]) for stretch in stretches[1:]]
+    return stretches
 
 
 def calibration_texts(

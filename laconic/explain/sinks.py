@@ -24,6 +24,7 @@ from laconic.recipe import Recipe
 
 DORMANT = 0.5  # mean weight on the sink from which a head counts as dormant; below half of it, as active
 INTERVENTIONS = ("zero", "sink")
+STYLES = {"dormant": "reverse", "mixed": "bold", "active": "dim"}
 
 
 @dataclass(frozen=True)
@@ -208,15 +209,41 @@ def _loss(model: torch.nn.Module, texts: Sequence[torch.Tensor]) -> float:
     return total / count
 
 
+def summary(report: SinkReport) -> str:
+    """What the report says, in one sentence."""
+    dormant = sum(row["state"] == "dormant" for row in report.rows())
+    if not dormant:
+        return (
+            f"No head gives one token half of its attention (the most is {float(report.weight.max()):.2f}, on position "
+            f"{report.sink}): there is no sink to protect or to tune."
+        )
+    return (
+        f"{dormant} of {report.weight.numel()} heads are dormant on the token at position {report.sink}: let what evicts "
+        f"always keep it (sinks={report.sink + 1} or more)."
+    )
+
+
 def sink_table(report: SinkReport) -> Any:
-    """A rich table: a line per layer, a cell per head, darker the more it sleeps."""
+    """A rich table: a line per layer, a cell per head with the weight on the sink and the value ratio in parentheses."""
     from rich.table import Table
 
-    table = Table(title=f"Mean weight on the token at position {report.sink}; value ratio in parentheses", box=None)
+    table = Table(box=None)
     for heading in ("layer", *(f"head {h}" for h in range(report.weight.shape[1])), "residual"):
         table.add_column(heading, justify="right")
-    styles = {"dormant": "reverse", "mixed": "bold", "active": "dim"}
     for layer, (weights, ratios) in enumerate(zip(report.weight.tolist(), report.value_ratio.tolist(), strict=True)):
-        cells = [f"[{styles[state(w)]}]{w:.2f} ({r:.1f})[/]" for w, r in zip(weights, ratios, strict=True)]
+        cells = [f"[{STYLES[state(w)]}]{w:.2f} ({r:.1f})[/]" for w, r in zip(weights, ratios, strict=True)]
         table.add_row(str(layer), *cells, f"{float(report.residual_ratio[layer + 1]):.1f}")
+    return table
+
+
+def map_table(rows: Sequence[dict[str, Any]]) -> Any:
+    """A rich table of ``active_dormant_map``: a line per head, with its weight on the sink in each domain."""
+    from rich.table import Table
+
+    table = Table(box=None)
+    for heading in ("layer", "head", *rows[0]["weights"], "spread"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [f"[{STYLES[row['states'][name]]}]{w:.2f} {row['states'][name]}[/]" for name, w in row["weights"].items()]
+        table.add_row(str(row["layer"]), str(row["head"]), *cells, f"{row['spread']:.2f}")
     return table

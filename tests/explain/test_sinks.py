@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from laconic.cli import app
 from laconic.errors import LaconicError
-from laconic.explain.sinks import active_dormant_map, head_uses, intervene, sink_report
+from laconic.explain.sinks import SinkReport, active_dormant_map, head_uses, intervene, sink_report, summary
 
 
 def texts(count: int = 2, length: int = 24) -> list[torch.Tensor]:
@@ -108,6 +109,24 @@ def test_the_command_prints_a_row_per_head(tmp_path) -> None:
     assert len(found["residual_ratio"]) == 4
     table = CliRunner().invoke(app, ["explain", "sinks", "--tokens", "128", "--samples", "2"])
     assert table.exit_code == 0 and "layer" in table.stdout
+    assert "no sink" in table.stdout and "no sink" in found["summary"], "the built-in model has none"
     (tmp_path / "empty.txt").write_text(" ")
     bad = CliRunner().invoke(app, ["explain", "sinks", "--text", str(tmp_path / "empty.txt")])
     assert bad.exit_code == 2 and "is empty" in bad.stderr
+
+
+def test_the_command_compares_two_texts(tmp_path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("All the world is a stage, and all the men and women are merely players. " * 40)
+    options = ["explain", "sinks", "--tokens", "128", "--samples", "1", "--against", str(other)]
+    rows = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    assert len(rows) == 12 and set(rows[0]["weights"]) == {"built-in", "other.txt"}
+    table = CliRunner().invoke(app, options)
+    assert table.exit_code == 0 and "other.txt" in table.stdout and "spread" in table.stdout
+
+
+def test_the_summary_tells_how_many_tokens_to_protect() -> None:
+    weight = torch.tensor([[0.9, 0.1], [0.6, 0.3]])
+    report = SinkReport(sink=1, weight=weight, value_ratio=weight, residual_ratio=torch.ones(3))
+    assert "2 of 4 heads are dormant on the token at position 1" in summary(report) and "sinks=2" in summary(report)
+    assert "no sink" in summary(replace(report, weight=weight / 2))
