@@ -35,7 +35,7 @@ def catalogue_markdown(rows: Sequence[dict[str, Any]] | None = None) -> str:
 def _section(row: dict[str, Any]) -> str:
     facts = f"Source: {row['paper']}. Guarantee: {row['guarantee']}. Needs: {row['needs']}."
     lines = [
-        (f"`{item['name']}`", item["type"], f"`{item['default']}`", item["help"])
+        (f"`{item['name']}`", item["type"], f"`{_default(item)}`", item["help"])
         for item in row["parameters"]
         if item["name"] != "budget"
     ]
@@ -43,6 +43,11 @@ def _section(row: dict[str, Any]) -> str:
     measured = "".join(f"- {sentence}\n" for sentence in row["measured"])
     measured = f"\nMeasured:\n\n{measured}" if measured else ""
     return f"### {row['id']}\n\n{row['text'].replace('``', '`')}\n\n{facts}\n{table}{measured}"
+
+
+def _default(item: dict[str, Any]) -> Any:
+    """An empty text needs quotes to be seen."""
+    return '""' if item["default"] == "" else item["default"]
 
 
 def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -27,7 +27,8 @@ def test_every_method_has_a_line_and_a_section_with_its_parameters() -> None:
         section = text.split(f"\n### {row['id']}\n")[1].split("\n### ")[0]
         assert row["paper"] in section
         for item in row["parameters"][1:]:
-            assert f"| `{item['name']}` | {item['type']} | `{item['default']}` |" in section
+            default = '""' if item["default"] == "" else item["default"]
+            assert f"| `{item['name']}` | {item['type']} | `{default}` |" in section
 
 
 def test_bars_do_not_break_the_table() -> None:

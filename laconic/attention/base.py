@@ -168,7 +168,7 @@ class ReweightMethod(AttentionMethod):
         """What the columns are multiplied by against all others, >= 0, float32, broadcast to ``(batch, heads, rows)``.
 
         Args:
-            mass, rest: float32 ``(batch, heads, rows)``: what the columns and all other entries weigh as they are; both exact
-                also where they are small, and 0 in rows of padding.
+            mass: float32 ``(batch, heads, rows)``: what the columns weigh as they are; 0 in rows of padding.
+            rest: the same of all other entries. Both are exact also where they are small.
         """
         raise NotImplementedError

@@ -43,7 +43,7 @@ def test_needle_is_a_small_llama_of_standard_architecture(needle) -> None:
 
 
 def test_only_the_model_itself_is_in_the_package() -> None:
-    suffixes = {path.suffix for path in (ZOO / "needle").iterdir()}
+    suffixes = {path.suffix for path in (ZOO / "needle").rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".md"}
 
 
