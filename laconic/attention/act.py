@@ -27,7 +27,8 @@ class ACT(ReweightMethod):
     every row; what they lose goes to all other tokens in proportion to what these have. Sinks are found in the prompt, or in
     the newest piece of one that comes in pieces, from the attention as it is, and stay those for the answer. The first and
     last layers are left as they are; a profile names the query heads that gained from it on examples, in any layer. Gains,
-    where there are any, are small: measure on examples of your own.
+    where there are any, are small: measure on examples of your own. The built-in ``needle`` gains nothing, and loses where
+    sinks keep no weight at all (``beta=0``). A prompt costs two to three times its dense attention.
     """
 
     id: ClassVar[str] = "act"
