@@ -65,6 +65,7 @@ def test_outcomes_say_what_holds_and_what_does_not(boaster, tmp_path: Path) -> N
     written = [json.loads(line) for line in (tmp_path / "outcomes.jsonl").read_text().splitlines()]
     assert written == json.loads(json.dumps(rows))
     again = CliRunner().invoke(app, ["compare", "--suite", "cards", "--methods", "boaster", "-o", str(tmp_path), "--json"])
+    assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout) == written, "what was measured is read, not measured again"
 
 
