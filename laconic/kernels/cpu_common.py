@@ -121,8 +121,11 @@ _kept = threading.local()
 
 def use_threads(size: int) -> int:
     """Lets the kernels that follow use as many threads as ``size`` bytes to read are worth; returns how many."""
-    count = min(nb.config.NUMBA_NUM_THREADS, torch.get_num_threads(), max(1, size // THREAD_BYTES))
+    threads = torch.get_num_threads()
+    count = min(nb.config.NUMBA_NUM_THREADS, threads, max(1, size // THREAD_BYTES))
     nb.set_num_threads(count)
+    if torch.get_num_threads() != threads:  # numba's first start sets the number of OpenMP threads for torch too
+        torch.set_num_threads(threads)
     return count
 
 

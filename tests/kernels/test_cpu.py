@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -150,3 +154,14 @@ def test_compiling_works_where_nothing_can_be_written(monkeypatch):
 
     monkeypatch.setattr(cpu_common.nb, "njit", njit)
     assert cpu_common.jit()(lambda x: x + 1)(2) == 3
+
+
+def test_torch_keeps_its_number_of_threads():
+    """In a fresh process, for it is numba's first start that could change it."""
+    code = (
+        "import torch; from laconic import kernels; "
+        "kernels.vote(torch.randn(1, 4, 8), torch.randn(1, 2, 3000, 8), scale=1.0); print(torch.get_num_threads())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "1"
