@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -284,7 +285,8 @@ def command(*arguments: object):
     return CliRunner().invoke(app, ["tune", *map(str, arguments)])
 
 
-def test_the_command(tiny_path: str, task: str, tmp_path: Path) -> None:
+def test_the_command(tiny_path: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/laconic", "tune", "--keep", "20%"])
     arguments = ["--model", tiny_path, "--task", task, "--methods", "streaming,tova", "--trials", 4, "--keep", "20%"]
     output = tmp_path / "out"
     shown = command(*arguments, "--output", output)
@@ -292,7 +294,7 @@ def test_the_command(tiny_path: str, task: str, tmp_path: Path) -> None:
     assert "4 recipes tried, keep 20%" in shown.stdout and f"File: {output / 'recipe.json'}" in shown.stdout.replace("\n", "")
     found = json.loads(command(*arguments, "--output", output, "--json").stdout)
     assert {"recipe", "file", "verdict", "run", "rows", "tried"} == found.keys()
-    assert f"Recipe: {found['recipe']}\n" in shown.stdout and found["run"]["command"].startswith("laconic ")
+    assert f"Recipe: {found['recipe']}\n" in shown.stdout and found["run"]["command"] == "laconic tune --keep 20%"
     assert found["verdict"]["sentence"] in shown.stdout
     generated = CliRunner().invoke(
         app, ["generate", "--model", tiny_path, "--method", found["file"], "--max-new-tokens", "2", "--json", "a prompt " * 9]
