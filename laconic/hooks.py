@@ -90,17 +90,23 @@ class Handle:
         """Figures of the latest forward, over all layers.
 
         ``kept``: entries attended per KV head (mean over layers); ``bytes_kept``: bytes held; ``bytes_read``: bytes of
-        the cache read by the forward, scoring included; ``dropped_mass``: see ``measure`` (None when not measured).
+        the cache read by the forward, scoring included; ``dropped_mass``: see ``measure`` (None when not measured);
+        ``pairs``: share of a prompt's pairs of query and key that was computed (None in a step).
         """
         figures = list(self._cache.request.figures.values()) if self._cache is not None else []
         if not figures:
             raise LaconicError("There are no figures yet: run the model inside the block first.")
-        masses = [row["dropped_mass"] for row in figures if row["dropped_mass"] is not None]
+
+        def mean(name: str) -> float | None:
+            known = [row[name] for row in figures if row[name] is not None]
+            return sum(known) / len(known) if known else None
+
         return {
-            "kept": sum(row["kept"] for row in figures) / len(figures),
+            "kept": mean("kept"),
             "bytes_kept": sum(row["bytes_kept"] for row in figures),
             "bytes_read": sum(row["bytes_read"] for row in figures),
-            "dropped_mass": sum(masses) / len(masses) if masses else None,
+            "dropped_mass": mean("dropped_mass"),
+            "pairs": mean("pairs"),
         }
 
     def _install(self) -> None:

@@ -67,6 +67,20 @@ class AttentionMethod(Method):
         """Slots ``(batch, heads, kept)`` of the best ``scores`` (batch, heads, n) within the budget, ascending."""
         return keep_top(scores, self.quota(layer, call), layer.starts(call.window), sinks, recent, self.id)
 
+    def attend_prompt(self, layer: KVLayer, call: Call) -> tuple[torch.Tensor, float] | None:
+        """Attention of several new tokens at less than the full price; None to compute all of it, as most methods do.
+
+        Returns:
+            output ``(batch, heads, new, head_dim)``, zero in rows of padding, and the share of the visible pairs of query and
+            key that was computed, mean over rows of the batch and heads.
+        """
+        return None
+
+    @property
+    def shortens_prompts(self) -> bool:
+        """Whether it has an ``attend_prompt`` of its own."""
+        return type(self).attend_prompt is not AttentionMethod.attend_prompt
+
     def covers(self, layer: KVLayer, call: Call) -> bool:
         """Whether the budget already holds everything visible, so that there is nothing to leave out."""
         if self.budget.is_full or (self.budget.shape == "uniform" and (self.budget.amount or 0) >= layer.n):
@@ -143,6 +157,16 @@ class ReadMethod(AttentionMethod):
             return None
         slots = self.choose(layer, call, self.score(layer, call), sinks=self.sinks, recent=self.recent)
         return Selection(slots, bytes_scored=layer.keys.numel() * layer.keys.element_size())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillMethod(AttentionMethod):
+    """Base of methods that compute a part of a prompt's attention: the cache and the steps after it stay as they are.
+
+    A subclass writes ``attend_prompt``.
+    """
+
+    verbs: ClassVar[tuple[str, ...]] = ("prefill",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,9 @@ UNSUPPORTED = {
 class Policy:
     """What the methods of a recipe do in every attention call: read, attend, evict.
 
-    At most one method reads and one reweights; any number evict, in order. With ``measure`` the dense attention mass that was
-    not attended (for a reader) or was evicted (for an evictor, at the newest query) is computed too, at the price of a dense
-    pass.
+    At most one method reads, one reweights and one shortens prompts; any number evict, in order. With ``measure`` the dense
+    attention mass that was not attended (for a reader) or was evicted (for an evictor, at the newest query) is computed too,
+    at the price of a dense pass.
     """
 
     def __init__(self, methods: tuple[AttentionMethod, ...], *, measure: bool = False) -> None:
@@ -45,6 +45,14 @@ class Policy:
         if len(reweighters) > 1:
             raise LaconicError(f"{' and '.join(m.id for m in reweighters)} both change weights: keep one of them.")
         self.reweighter = reweighters[0] if reweighters else None
+        shorteners = [m for m in methods if m.shortens_prompts]
+        if len(shorteners) > 1:
+            raise LaconicError(f"{' and '.join(m.id for m in shorteners)} both compute a part of the prompt: keep one of them.")
+        self.shortener = shorteners[0] if shorteners else None
+        if self.shortener and self.reweighter:
+            raise LaconicError(
+                f"{self.reweighter.id} changes weights that {self.shortener.id} does not compute: keep one of them."
+            )
         self.measure = measure
         self.model: torch.nn.Module | None = None  # which model it serves, where a method has to know
 
@@ -54,12 +62,13 @@ class Policy:
             layer.memory["prompt"] = layer.lengths.clone()  # what shares are taken of
         selection = self._select(layer, call)
         columns = self.reweighter.columns(layer, call) if self.reweighter is not None else None
+        pairs: float | None = None  # of query and key; the share of a prompt's that was computed
         if columns is not None:
             output, mass = self._reweight(layer, call, selection, columns)
         elif call.decoding:
             output, mass = self._decode(layer, call, selection)
         else:
-            output, mass = self._chunk(layer, call, selection), None
+            (output, pairs), mass = self._chunk(layer, call, selection), None
         read = self._bytes_read(layer, selection)
         if self.reader is not None:
             read += self.reader.observe(layer, call) or 0
@@ -78,6 +87,7 @@ class Policy:
         kept = selection.kept if selection is not None else layer.n
         layer.request.figures[layer.index] = {
             "kept": min(kept, layer.n), "bytes_kept": layer.bytes_kept, "bytes_read": read, "dropped_mass": mass,
+            "pairs": pairs,
         }  # fmt: skip
         return output
 
@@ -101,11 +111,16 @@ class Policy:
             mass = _mass(layer, call, selection.indices, lse)
         return output[:, :, None], mass
 
-    def _chunk(self, layer: KVLayer, call: Call, selection: Selection | None) -> torch.Tensor:
+    def _chunk(self, layer: KVLayer, call: Call, selection: Selection | None) -> tuple[torch.Tensor, float]:
+        """Attention of several new tokens, and the share of their pairs with keys that was computed."""
+        shortened = self.shortener.attend_prompt(layer, call) if self.shortener is not None and selection is None else None
+        if shortened is not None:
+            return shortened
         query, keys, values, _, positions = _entries(layer, call, selection)
-        return prefill_attention(
+        output = prefill_attention(
             query, keys, values, positions, scale=call.scale, window=call.window, softcap=call.softcap
         )
+        return output, 1.0
 
     def _reweight(
         self, layer: KVLayer, call: Call, selection: Selection | None, columns: torch.Tensor

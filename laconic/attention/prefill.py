@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from laconic.cache import EMPTY
 
 ROWS = 256  # rows per block where a mask is needed: the mask has ROWS x n entries, never n x n
 
@@ -50,6 +54,70 @@ def prefill_attention(
     return output.view(batch, heads, rows, -1)
 
 
+def sparse_prefill_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    blocks: Iterable[tuple[int, int, torch.Tensor]],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, float]:
+    """As ``prefill_attention``, but each block of query rows sees only the entries that are chosen for it.
+
+    Args:
+        blocks: for each block its first row, the row after its last, and its slots, int64 ``(batch, kv_heads or 1, k)``, -1 for
+            an empty one, none twice; entries after a row are not seen by it. One block's keys and values are gathered at a time.
+
+    Returns:
+        ``(batch, heads, rows, head_dim)``, zero in rows of padding or without a visible entry; and the share of the visible
+        pairs of row and entry that were chosen, mean over the batch and KV heads.
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads, n = keys.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
+    output = query.new_zeros(batch, kv_heads, heads // kv_heads, rows, values.shape[-1])
+    positions = positions.expand(-1, kv_heads, -1)
+    chosen, pairs = torch.zeros(batch, kv_heads, device=keys.device), torch.zeros(batch, kv_heads, device=keys.device)
+    for begin, end, slots in blocks:
+        slots = slots.expand(-1, kv_heads, -1)
+        at = torch.where(slots < 0, EMPTY, positions.gather(2, slots.clamp(min=0)))[:, :, None]  # (batch, kv_heads, 1, k)
+        own = positions[:, :, n - rows + begin : n - rows + end, None]
+        visible = (at >= 0) & (at <= own)
+        first = (own - window + 1).clamp(min=0) if window is not None else torch.zeros_like(own)
+        visible = visible & (at >= first)
+        part = [t.gather(2, slots.clamp(min=0)[..., None].expand(-1, -1, -1, t.shape[-1])) for t in (keys, values)]
+        output[..., begin:end, :] = _masked(grouped[..., begin:end, :], *part, visible[:, :, None], scale, softcap)
+        chosen += visible.sum((-1, -2))
+        pairs += _visible_entries(positions, own[..., 0], first[..., 0])
+    return output.view(batch, heads, rows, -1), float((chosen / pairs.clamp(min=1)).mean())
+
+
+def _visible_entries(positions: torch.Tensor, own: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """How many of ``positions`` (batch, kv_heads, n), ascending, lie from ``first`` to ``own`` (batch, kv_heads, rows), summed
+    over the rows: ``(batch, kv_heads)``."""
+    last = torch.searchsorted(positions.contiguous(), own.contiguous(), right=True)
+    low = torch.searchsorted(positions.contiguous(), first.contiguous())
+    return ((last - low) * (own >= 0)).sum(-1)
+
+
+def _masked(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """query (..., kv_heads, group, rows, d) over keys (..., kv_heads, k, d); rows that see nothing give zeros."""
+    group = query.shape[-3]
+    if softcap is None:
+        keys, values = (t.unsqueeze(-3).expand(*t.shape[:-2], group, -1, -1) for t in (keys, values))
+        output = sdpa(query, keys, values, attn_mask=visible, scale=scale)
+    else:
+        logits = torch.einsum("...kgrd,...knd->...kgrn", query.float(), keys.float()) * scale
+        logits = (softcap * torch.tanh(logits / softcap)).masked_fill(~visible, float("-inf"))
+        output = torch.einsum("...kgrn,...knd->...kgrd", logits.softmax(-1), values.float()).to(query.dtype)
+    return output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
 def _fused(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """query (kv_heads, group, rows, d) over keys (kv_heads, rows, d): KV heads stand as the batch, so that no key is repeated."""
     group = query.shape[1]
@@ -68,7 +136,7 @@ def _block(
     softcap: float | None,
 ) -> torch.Tensor:
     """Rows whose own entries start at slot ``first``: query (kv_heads, group, rows, d) over the slots that they can see."""
-    group, rows = query.shape[1:3]
+    rows = query.shape[2]
     stop = first + rows
     start = 0
     if window is not None:  # slots that no row of this block can see are not read
@@ -79,13 +147,5 @@ def _block(
     visible = (at[:, None] >= 0) & (slot <= torch.arange(first, stop, device=at.device)[:, None])
     if window is not None:
         visible = visible & (at[:, None] > own - window)
-    visible = visible[:, None]  # (1 or kv_heads, 1, rows, slots)
-    keys, values = keys[:, start:stop], values[:, start:stop]
-    if softcap is None:
-        keys, values = (t[:, None].expand(-1, group, -1, -1) for t in (keys, values))
-        output = sdpa(query, keys, values, attn_mask=visible, scale=scale)
-    else:
-        logits = torch.einsum("kgrd,knd->kgrn", query.float(), keys.float()) * scale
-        logits = (softcap * torch.tanh(logits / softcap)).masked_fill(~visible, float("-inf"))
-        output = torch.einsum("kgrn,knd->kgrd", logits.softmax(-1), values.float()).to(query.dtype)
-    return output.masked_fill((own < 0)[:, None], 0.0)
+    visible = visible & (own >= 0)  # (1 or kv_heads, rows, slots)
+    return _masked(query, keys[:, start:stop], values[:, start:stop], visible[:, None], scale, softcap)
