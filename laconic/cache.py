@@ -11,12 +11,14 @@ from laconic.errors import LaconicError
 from laconic.kernels.blocks import KeyBlocks
 from laconic.kernels.index import KeyIndex
 from laconic.kernels.memory import empty
+from laconic.kernels.ragged import SPARE, Places, Ragged, dense
 
 if TYPE_CHECKING:
     from laconic.attention.engine import Policy
     from laconic.attention.rope import Rope
 
-EMPTY = -1  # the position of a slot that holds no token (left padding)
+EMPTY = -1  # the position of a slot that holds no token (left padding, or a head that keeps fewer entries than others)
+SAVES = 1 / 8  # share of a layer that has to be empty slots for its heads to be stored in their own lengths
 
 
 class Buffer:
@@ -78,9 +80,102 @@ class Buffer:
         self._data = data
 
 
-def take(tensor: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+class RaggedBuffer:
+    """As ``Buffer``, for entries ``(batch, heads, n, dim)`` of which each row and head stores only those from its first slot on.
+
+    All of them stand in one piece of memory, each row and head with the same room to grow.
+
+    Args:
+        entries: ``(total, dim)``: what is stored, row by row and head by head.
+        starts: int64 ``(batch, heads)``: the first slot that each stores; n: slots of the longest.
+    """
+
+    def __init__(self, entries: torch.Tensor, starts: torch.Tensor, n: int) -> None:
+        self.n, self.starts = n, starts
+        self._move(entries, room=64)
+
+    def _move(self, entries: torch.Tensor, room: int) -> None:
+        """Puts ``entries`` into memory of their own, with room for so many more slots."""
+        places = Places.of(self.starts, self.n, room)
+        self._first, self._room = places.bases + self.starts, self.n - self.starts + room
+        self._data = empty((places.total, entries.shape[1]), entries.dtype, entries.device)
+        self._data[:SPARE] = 0
+        self._data[self._places()] = entries
+
+    def _places(self) -> torch.Tensor:
+        """Where in memory the entries stand, row by row and head by head."""
+        slot = torch.arange(self.n, device=self._data.device)
+        return ((self._first - self.starts)[..., None] + slot)[slot >= self.starts[..., None]]
+
+    def append(self, new: torch.Tensor) -> None:
+        count = new.shape[2]
+        if bool((self.n - self.starts + count > self._room).any()):
+            entries = self._data[self._places()]
+            self._move(entries, room=max(count, len(entries) // (8 * self.starts.numel())) + 64)
+        slot = torch.arange(self.n, self.n + count, device=new.device)
+        self._data[(self._first - self.starts)[..., None] + slot] = new
+        self.n += count
+
+    def view(self) -> Ragged:
+        return Ragged(self._data, self._first - self.starts, self.starts, self.n)
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Keeps ``slots`` (batch, heads, k), -1 in front where fewer, and gives the memory of the others back."""
+        entries, starts = pick(self.view(), slots), (slots < 0).sum(-1)
+        self.n, self.starts = slots.shape[2], starts
+        if len(self._data) > 2 * len(entries) or bool((self.n - starts > self._room).any()):
+            self._move(entries, room=64)
+        else:  # nearly the same size, as in every decode step at a fixed budget: stay in place
+            self._data[self._places()] = entries
+
+    def drop_front(self, count: int) -> None:
+        """Forgets the first ``count`` slots of every row and head."""
+        slot = torch.arange(count, self.n, device=self._data.device)
+        self.keep(torch.where(slot >= self.starts[..., None], slot, -1))
+
+    def crop(self, n: int) -> None:
+        starts = self.starts.clamp(max=n)
+        self._first, self.n, self.starts = self._first + starts - self.starts, n, starts
+
+    def rows(self, index: torch.Tensor) -> None:
+        """Picks rows of the batch (beams)."""
+        view, index = self.view(), index.to(self._data.device)
+        picked = Ragged(view.data, view.bases[index], view.starts[index], view.n)
+        slot = torch.arange(self.n, device=index.device).expand(*picked.shape[:3])
+        self.starts = picked.starts
+        self._move(pick(picked, torch.where(slot >= picked.starts[..., None], slot, -1)), room=64)
+
+    def copy(self) -> RaggedBuffer:
+        return RaggedBuffer(self._data[self._places()], self.starts.clone(), self.n)
+
+
+def kept(buffer: Buffer | RaggedBuffer, slots: torch.Tensor, ragged: bool) -> Buffer | RaggedBuffer:
+    """``buffer`` with the entries ``slots`` (batch, heads or 1, k) only; each head in its own length if ``ragged``."""
+    view = buffer.view()
+    if ragged and len(view.shape) == 4:
+        slots = slots.expand(-1, view.shape[1], -1)
+        if not isinstance(buffer, RaggedBuffer):
+            return RaggedBuffer(pick(view, slots), (slots < 0).sum(-1), slots.shape[2])
+    elif isinstance(buffer, RaggedBuffer):
+        return Buffer(take(view, slots))
+    buffer.keep(slots)
+    return buffer
+
+
+def pick(tensor: torch.Tensor | Ragged, slots: torch.Tensor) -> torch.Tensor:
+    """The entries at those of ``slots`` (batch, heads, k) that are not -1, row by row and head by head: ``(total, dim)``."""
+    real = slots >= 0
+    if isinstance(tensor, Ragged):
+        return tensor.data[(tensor.bases[..., None] + slots)[real]]
+    row, head, _ = real.nonzero(as_tuple=True)
+    return tensor[row, head, slots[real]]
+
+
+def take(tensor: torch.Tensor | Ragged, slots: torch.Tensor) -> torch.Tensor:
     """Gathers ``slots`` (batch, heads or 1, k) along dimension 2 of ``tensor`` (batch, heads or 1, n, ...)."""
     heads = max(tensor.shape[1], slots.shape[1])
+    if isinstance(tensor, Ragged):
+        return tensor.rows(slots.expand(-1, heads, -1))
     index = slots.clamp(min=0).expand(-1, heads, -1)
     tensor = tensor.expand(-1, heads, *tensor.shape[2:])
     if tensor.dim() > 3:
@@ -147,10 +242,10 @@ class KVLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self._keys: Buffer | None = None
-        self._values: Buffer | None = None
+        self._keys: Buffer | RaggedBuffer | None = None
+        self._values: Buffer | RaggedBuffer | None = None
         self._positions: Buffer | None = None
-        self.tracks: dict[str, Buffer] = {}
+        self.tracks: dict[str, Buffer | RaggedBuffer] = {}
         self.memory: dict[str, Any] = {}
         self.seen = 0
         self.padded = False
@@ -234,11 +329,7 @@ class KVLayer(CacheLayerMixin):
         else:  # heads evicted different numbers of the last tokens: what remains moves to the end, empty slots in front
             order = gone.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
             order = order[..., int(gone.sum(-1).min()) :]
-            empty = take(gone, order)
-            for buffer in self._buffers():
-                buffer.keep(order)
-            self._positions.view()[empty] = EMPTY
-            self.padded = True
+            self._keep(order.masked_fill(take(gone, order) | (take(positions, order) < 0), -1))
         self.seen -= count
         self.memory = {name: value for name, value in self.memory.items() if name == "prompt"}  # shares stay what they were
         self.slots.clear()
@@ -253,15 +344,22 @@ class KVLayer(CacheLayerMixin):
     # --- what methods use --------------------------------------------------------------------------------------------
     @property
     def n(self) -> int:
-        """Entries per row and head."""
+        """Slots per row and head: the entries of the longest."""
         return 0 if self._keys is None else self._keys.n
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def entries(self) -> float:
+        """Tokens held per row and KV head, mean; empty slots do not count."""
+        starts = self.starts()
+        return float(self.n) if starts is None else self.n - float(starts.float().mean())
+
+    @property
+    def keys(self) -> torch.Tensor | Ragged | None:
+        """``(batch, kv_heads, n, head_dim)``: a view, or a ``Ragged`` where heads keep different numbers of entries."""
         return None if self._keys is None else self._keys.view()
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> torch.Tensor | Ragged | None:
         return None if self._values is None else self._values.view()
 
     @property
@@ -303,14 +401,22 @@ class KVLayer(CacheLayerMixin):
     def keep(self, slots: torch.Tensor) -> None:
         """Evicts all but ``slots``, int64 ``(batch, kv_heads or 1, kept)`` ascending; -1 is an empty slot."""
         self._catch_up()
-        for buffer in self._buffers():
-            buffer.keep(slots)
+        self._keep(slots)
         self.slots.clear()
         self._index = None
         self._blocks = {}
-        empty = slots < 0
-        if bool(empty.any()):
-            self._positions.view().masked_fill_(empty, EMPTY)
+
+    def _keep(self, slots: torch.Tensor) -> None:
+        nothing = slots < 0
+        if bool(nothing.any()):
+            lead = int(nothing.sum(-1).min())  # empty in all rows and heads
+            slots, nothing = slots[..., lead:], nothing[..., lead:]
+        ragged = slots.shape[1] == self.heads and float(nothing.float().mean()) >= SAVES
+        self._keys, self._values = kept(self._keys, slots, ragged), kept(self._values, slots, ragged)
+        self.tracks = {name: kept(track, slots, ragged) for name, track in self.tracks.items()}
+        self._positions.keep(slots)
+        if bool(nothing.any()):
+            self._positions.view().masked_fill_(nothing, EMPTY)
             self.padded = True
 
     def pass_window(self, window: int) -> None:
@@ -332,7 +438,7 @@ class KVLayer(CacheLayerMixin):
         return self.tracks[name].view()
 
     @property
-    def raw_keys(self) -> torch.Tensor:
+    def raw_keys(self) -> torch.Tensor | Ragged:
         """Keys before the rotary embedding, ``(batch, kv_heads, n, head_dim)``, kept beside the cache from the first call on."""
         track = self.tracks.get("raw_keys")
         have = 0 if track is None else track.n
@@ -346,7 +452,7 @@ class KVLayer(CacheLayerMixin):
     def key_index(self) -> KeyIndex:
         """8-bit keys of all entries, for scoring; kept beside the cache from the first call on, made anew after evictions."""
         if self._index is None:
-            self._index = KeyIndex(self.keys)
+            self._index = KeyIndex(dense(self.keys))
         elif self._index.n < self.n:
             self._index.append(self.keys[:, :, self._index.n :])
         return self._index
@@ -362,7 +468,7 @@ class KVLayer(CacheLayerMixin):
             first = torch.zeros(*self.keys.shape[:2], 1, dtype=torch.int64, device=self.keys.device)
             first = first if starts is None else starts[..., None].clamp(max=self.n - 1)
             lead = take(self.shared_positions, first)[..., 0].clamp(min=0) % size
-            blocks = self._blocks[size, kind] = KeyBlocks(self.keys, size, kind=kind, starts=starts, lead=lead)
+            blocks = self._blocks[size, kind] = KeyBlocks(dense(self.keys), size, kind=kind, starts=starts, lead=lead)
         elif blocks.n < self.n:
             blocks.append(self.keys[:, :, blocks.n :])
         return blocks

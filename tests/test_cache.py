@@ -13,7 +13,7 @@ from tiny import build, prompt
 import laconic
 from laconic import LaconicError
 from laconic.attention.rope import Rope
-from laconic.cache import EMPTY, Buffer, KVCache, KVLayer, Request, take
+from laconic.cache import EMPTY, Buffer, KVCache, KVLayer, RaggedBuffer, Request, kept, take
 
 BATCH, HEADS, DIM = 2, 2, 4
 
@@ -74,6 +74,76 @@ def test_a_buffer_equals_torch_cat(operations: list[tuple[str, int]], first: int
         assert buffer.n <= buffer.capacity
     for old, then in others:  # what happened to the copy did not reach the original
         assert torch.equal(old.view(), then)
+
+
+def uneven(n: int, seed: int, batch: int, starts: torch.Tensor) -> torch.Tensor:
+    """Slots (batch, HEADS, k) from ``starts`` on, ascending, of a different number per row and head; -1 in front."""
+    marks = torch.rand(batch, HEADS, n, generator=torch.Generator().manual_seed(seed)) < torch.tensor([[0.2], [0.9]])
+    marks = marks & (torch.arange(n) >= starts[..., None])
+    slots = torch.where(marks, torch.arange(n), -1).sort(-1).values
+    return slots[..., int((slots < 0).sum(-1).min()) :]
+
+
+@settings(max_examples=150, deadline=None)
+@given(OPERATIONS, st.integers(1, 30), st.integers(0, 1000))
+def test_heads_of_their_own_lengths_equal_a_padded_buffer(operations: list[tuple[str, int]], first: int, seed: int) -> None:
+    padded, written, others = Buffer(numbered(0, first)), first, []
+    slots = uneven(first, seed, BATCH, torch.zeros(BATCH, HEADS, dtype=torch.int64))
+    ragged = kept(Buffer(padded.view().clone()), slots, ragged=True)
+    padded = kept(padded, slots, ragged=False)
+    starts = (slots < 0).sum(-1)
+    for step, (name, size) in enumerate(operations):
+        n, batch = padded.n, len(starts)
+        if name == "append":
+            new = numbered(written, size, batch=batch)
+            written += size
+            padded.append(new)
+            ragged.append(new)
+        elif name == "keep" and n:
+            slots = uneven(n, seed + step, batch, starts)
+            padded, ragged, starts = kept(padded, slots, ragged=False), kept(ragged, slots, ragged=True), (slots < 0).sum(-1)
+        elif name in ("crop", "front"):
+            size = min(size, n)
+            padded.crop(n - size) if name == "crop" else padded.drop_front(size)
+            ragged.crop(n - size) if name == "crop" else ragged.drop_front(size)
+            starts = starts.clamp(max=n - size) if name == "crop" else (starts - size).clamp(min=0)
+        elif name == "rows":
+            index = torch.tensor([size % batch, 0, batch - 1])
+            padded.rows(index)
+            ragged.rows(index)
+            starts = starts[index]
+        elif name == "copy":
+            others.append((ragged, ragged.view().padded()))
+            ragged = ragged.copy()
+        assert isinstance(ragged, RaggedBuffer) and torch.equal(ragged.view().starts, starts)
+        real = torch.arange(padded.n) >= starts[..., None]
+        expected = padded.view().masked_fill(~real[..., None], 0)
+        assert torch.equal(ragged.view().padded(), expected) and ragged.view().numel() == int(real.sum()) * DIM
+        everything = torch.where(real, torch.arange(padded.n), -1)
+        assert torch.equal(take(kept(ragged.copy(), everything, ragged=False).view(), everything)[real], expected[real])
+        for old, before in others:  # a copy lives on its own
+            assert torch.equal(old.view().padded(), before)
+
+
+def test_heads_of_their_own_lengths_hold_no_more_than_that() -> None:
+    """One long head and seven short ones: memory of the entries and some room, and in place at a fixed budget."""
+    n = 10_000
+    buffer = Buffer(torch.zeros(1, 8, n, 16))
+    slots = torch.arange(n).expand(1, 8, -1).clone()
+    slots[:, 1:, : n - 100] = -1
+    ragged = kept(buffer, slots, ragged=True)
+    entries = n + 7 * 100
+    assert ragged.view().numel() == entries * 16
+    assert len(ragged._data) <= entries + 8 * 64 + 8
+    before = ragged._data.data_ptr()
+    for _ in range(200):  # a decode step that drops an entry of each short head
+        ragged.append(torch.ones(1, 8, 1, 16))
+        slots = torch.arange(ragged.n).expand(1, 8, -1).clone()
+        slots[:, 1:, : ragged.n - 100] = -1
+        ragged = kept(ragged, slots, ragged=True)
+        assert len(ragged._data) <= 1.15 * ragged.view().numel() / 16 + 8 * 64 + 8
+    assert ragged.view()[0, 1].sum() == 100 * 16 and ragged.view()[0, 0].sum() == 200 * 16
+    assert before != ragged._data.data_ptr()  # the long head has grown
 
 
 def test_appending_is_amortised() -> None:

@@ -25,8 +25,8 @@ class AdaKV(EvictMethod):
 
     Heads that spread their attention get more than those that look at few tokens; each keeps at least ``floor`` of its even
     share. The total is that of the budget. The other method is named first, ``adakv(snapkv(window=64)):10%``, and decides what
-    is protected and when. Scores should mean the same in every head, as probabilities do. A layer is stored as long as
-    its longest head, the others filled up with empty slots, so its bytes exceed the budget where heads differ.
+    is protected and when. Scores should mean the same in every head, as probabilities do. Each head is stored in its own
+    length.
     """
 
     id: ClassVar[str] = "adakv"

@@ -14,6 +14,7 @@ from laconic.attention.prefill import prefill_attention
 from laconic.attention.reweight import reweighted_chunk, reweighted_step
 from laconic.cache import KVLayer, locate, take
 from laconic.errors import LaconicError
+from laconic.kernels.ragged import dense
 from laconic.primitives.select import hide
 from laconic.selection import Selection
 
@@ -84,9 +85,9 @@ class Policy:
                 layer.keep(slots)
         if call.window is not None and not layer.recording and layer.n > 2 * call.window:
             layer.pass_window(call.window)
-        kept = selection.kept if selection is not None else layer.n
+        kept = layer.entries if selection is None else min(_read(selection, layer), layer.entries)
         layer.request.figures[layer.index] = {
-            "kept": min(kept, layer.n), "bytes_kept": layer.bytes_kept, "bytes_read": read, "dropped_mass": mass,
+            "kept": kept, "bytes_kept": layer.bytes_kept, "bytes_read": read, "dropped_mass": mass,
             "pairs": pairs,
         }  # fmt: skip
         return output
@@ -145,10 +146,19 @@ class Policy:
 
     def _bytes_read(self, layer: KVLayer, selection: Selection | None) -> int:
         """Bytes of keys and values that this call had to read from the cache, scoring included."""
-        row = layer.keys.element_size() * (layer.keys.shape[-1] + layer.values.shape[-1])
+        size = layer.keys.element_size()
         if selection is None:
-            return layer.keys.shape[0] * layer.heads * layer.n * row
-        return layer.keys.shape[0] * layer.heads * selection.kept * row + selection.bytes_scored
+            return size * (layer.keys.numel() + layer.values.numel())
+        row = size * (layer.keys.shape[-1] + layer.values.shape[-1])
+        read = row * layer.keys.shape[0] * layer.heads * _read(selection, layer)
+        return round(read) + selection.bytes_scored
+
+
+def _read(selection: Selection, layer: KVLayer) -> float:
+    """Entries read per row and KV head, mean: empty slots stand only for what other heads or rows read more."""
+    if not layer.padded:
+        return selection.kept
+    return float((selection.indices >= 0).float().mean()) * selection.kept
 
 
 def _entries(
@@ -156,10 +166,12 @@ def _entries(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Queries, keys and values of a call, which slots of these are read (None: all), and the positions of the keys.
 
-    A step that moves no key reads in place; a piece of prompt reads a gathered copy.
+    A step that moves no key reads in place; a piece of prompt reads a gathered copy, or a whole one of heads that keep
+    different numbers of entries.
     """
     if selection is None:
-        return call.query, layer.keys, layer.values, None, layer.shared_positions
+        keys, values = (layer.keys, layer.values) if call.decoding else (dense(layer.keys), dense(layer.values))
+        return call.query, keys, values, None, layer.shared_positions
     if call.decoding and selection.key_positions is None:
         return call.query, layer.keys, layer.values, selection.indices, layer.shared_positions
     query, keys, values, slots = _moved(layer, call, selection)

@@ -1,7 +1,8 @@
 """The hot functions, dispatched by device and dtype to plain torch, numba (CPU) or triton (GPU).
 
 Shapes everywhere: query ``(batch, heads, head_dim)`` of one step; keys and values ``(batch, kv_heads, n, head_dim)``, views
-with any strides as long as the last dimension is contiguous; query head h uses KV head ``h // (heads // kv_heads)``.
+with any strides as long as the last dimension is contiguous, or ``Ragged``; query head h uses KV head
+``h // (heads // kv_heads)``.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from laconic.errors import LaconicError
 from laconic.kernels import reference
 from laconic.kernels.blocks import KeyBlocks
 from laconic.kernels.index import KeyIndex
+from laconic.kernels.ragged import Ragged
+
+Array = torch.Tensor | Ragged
 
 
-def _implementation(*tensors: torch.Tensor) -> ModuleType:
+def _implementation(*tensors: Array) -> ModuleType:
     """The fastest module that serves these tensors."""
     first = tensors[0]
     same = all(t.dtype == first.dtype and t.stride(-1) == 1 and not t.requires_grad for t in tensors)
@@ -33,8 +37,8 @@ def _implementation(*tensors: torch.Tensor) -> ModuleType:
 
 def decode_attention(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: Array,
+    values: Array,
     *,
     scale: float,
     starts: torch.Tensor | None = None,
@@ -52,8 +56,8 @@ def decode_attention(
 
 def selected_attention(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: Array,
+    values: Array,
     indices: torch.Tensor,
     *,
     scale: float,
@@ -69,7 +73,7 @@ def selected_attention(
 
 def vote(
     query: torch.Tensor,
-    keys: torch.Tensor,
+    keys: Array,
     *,
     scale: float,
     starts: torch.Tensor | None = None,
@@ -99,7 +103,7 @@ def vote(
 
 
 def logits(
-    query: torch.Tensor, keys: torch.Tensor, *, scale: float = 1.0, indices: torch.Tensor | None = None
+    query: torch.Tensor, keys: Array, *, scale: float = 1.0, indices: torch.Tensor | None = None
 ) -> torch.Tensor:
     """q.k times ``scale``, float32 ``(batch, heads, n)``, or of the entries ``indices`` only.
 
@@ -135,7 +139,7 @@ def topk(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 def column_sums(
     query: torch.Tensor,
-    keys: torch.Tensor,
+    keys: Array,
     *,
     scale: float,
     starts: torch.Tensor | None = None,

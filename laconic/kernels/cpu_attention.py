@@ -25,6 +25,7 @@ from laconic.kernels.cpu_common import (
     use_threads,
 )  # fmt: skip
 from laconic.kernels.parts import combine
+from laconic.kernels.ragged import Ragged
 from laconic.kernels.simd import HEADS, LANES, ROWS, add_rows, as_float
 
 BLOCK = 2048  # keys whose logits are held at a time: long runs through keys, then values, are read at full speed
@@ -65,18 +66,18 @@ def _soften_block(logits, count, softcap, output, state):
 
 
 @jit()
-def _fill_rows(index, position, end, stride, rows):
+def _fill_rows(index, position, end, base, stride, rows):
     """Offsets of up to BLOCK entries from ``position`` on, and what ``dots`` wants after them; count, and what is next."""
     if index.shape[0] == 0:
         count = min(BLOCK, end - position)
-        span_rows(position * stride, count, stride, rows)
+        span_rows(base + position * stride, count, stride, rows)
         return count, position + count
     count = 0
     while position < end and count < BLOCK:
         slot = index[position]
         position += 1
         if slot >= 0:
-            rows[count] = slot * stride
+            rows[count] = base + slot * stride
             count += 1
     for j in range(count, padded_rows(count)):
         rows[j] = rows[count - 1]
@@ -84,9 +85,10 @@ def _fill_rows(index, position, end, stride, rows):
 
 
 @jit()
-def _part(query, keys, values, key_stride, value_stride, index, begin, end, scale, softcap, output, state):
+def _part(query, keys, values, key_at, value_at, index, begin, end, scale, softcap, output, state):
     """Attention of ``query`` (group, d) over entries ``begin..end-1`` (or index[begin..end-1]) of flat keys and values.
 
+    ``key_at``, ``value_at``: the offset of slot 0 and the stride from slot to slot.
     The group is a multiple of four. Writes the unnormalised output (group, dv) and the state (group, 2): running maximum
     and sum.
     """
@@ -96,8 +98,8 @@ def _part(query, keys, values, key_stride, value_stride, index, begin, end, scal
     output[:] = np.float32(0.0)
     position = begin
     while position < end:
-        _fill_rows(index, position, end, value_stride, value_rows)
-        count, position = _fill_rows(index, position, end, key_stride, key_rows)
+        _fill_rows(index, position, end, value_at[0], value_at[1], value_rows)
+        count, position = _fill_rows(index, position, end, key_at[0], key_at[1], key_rows)
         if count == 0:
             break
         row_logits(query, keys, key_rows, count, scale, logits, 0)
@@ -106,49 +108,55 @@ def _part(query, keys, values, key_stride, value_stride, index, begin, end, scal
 
 
 @jit(parallel=True)
-def _attend(query, keys, values, key_strides, value_strides, index, starts, n, splits, scale, softcap, output, state):
-    """All rows and KV heads, each in ``splits`` parts: output (batch, kv_heads, splits, group, dv), state (..., group, 2)."""
+def _attend(
+    query, keys, values, key_bases, value_bases, strides, index, starts, n, share, splits, scale, softcap, output, state
+):
+    """All rows and KV heads in parts of about ``share`` entries, ``splits`` at most: output (batch, kv_heads, splits, group, dv)
+    and state (..., group, 2)."""
     kv_heads = query.shape[1]
-    for job in nb.prange(query.shape[0] * kv_heads * splits):
-        task = np.int64(job)  # the index of prange is unsigned, which would turn sums into floats
-        b, rest = divmod(task, kv_heads * splits)
-        h, part = divmod(rest, splits)
-        length = (n - starts[b, h] + splits - 1) // splits
+    pairs = query.shape[0] * kv_heads
+    for job in nb.prange(pairs * splits):
+        part, pair = divmod(np.int64(job), pairs)  # the first parts of all heads first: a thread gets some of each long head
+        b, h = divmod(pair, kv_heads)
+        held = n - starts[b, h]
+        parts = max(1, (held + share - 1) // share)
+        length = (held + parts - 1) // parts
         begin = starts[b, h] + part * length
         end = min(n, begin + length)
         chosen = index[min(b, index.shape[0] - 1), min(h, index.shape[1] - 1)]
         _part(
-            query[b, h], keys[b * key_strides[0] + h * key_strides[1] :],
-            values[b * value_strides[0] + h * value_strides[1] :], key_strides[2], value_strides[2], chosen, begin, end,
+            query[b, h], keys, values, (key_bases[b, h], strides[0]), (value_bases[b, h], strides[1]), chosen, begin, end,
             scale, softcap, output[b, h, part], state[b, h, part],
         )  # fmt: skip
 
 
 def _run(query, keys, values, index, starts, n, scale, softcap):
-    batch, kv_heads = keys.shape[:2]
-    groups = grouped(query, kv_heads)
-    threads = use_threads(batch * kv_heads * n * (keys.shape[-1] + values.shape[-1]) * keys.element_size())
-    splits = max(1, min(-(-4 * threads // (batch * kv_heads)), n // SPLIT))
-    flat_keys, key_strides = flat(keys)
-    flat_values, value_strides = flat(values)
+    groups = grouped(query, keys.shape[1])
+    entries = int((n - starts).clip(0).sum())
+    threads = use_threads(entries * (keys.shape[-1] + values.shape[-1]) * keys.element_size())
+    share = max(SPLIT, -(-entries // (4 * threads)))
+    splits = max(1, -(-(n - int(starts.min())) // share))
+    flat_keys, key_bases, key_stride = flat(keys)
+    flat_values, value_bases, value_stride = flat(values)
     output = np.empty((*groups.shape[:2], splits, groups.shape[2], values.shape[-1]), np.float32)
     state = np.empty((*output.shape[:4], 2), np.float32)
     _attend(
-        groups, flat_keys, flat_values, key_strides, value_strides, index, starts, n, splits,
+        groups, flat_keys, flat_values, key_bases, value_bases, (key_stride, value_stride), index, starts, n, share, splits,
         np.float32(scale), np.float32(softcap or 0.0), output, state,
     )  # fmt: skip
     return combine(torch.from_numpy(output), torch.from_numpy(state), query)
 
 
 def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
-    batch, kv_heads, n = keys.shape[:3]
     none = np.empty((1, 1, 0), np.int64)
-    return _run(query, keys, values, none, first_slots(starts, batch, kv_heads), n, scale, softcap)
+    return _run(query, keys, values, none, first_slots(starts, keys), keys.shape[2], scale, softcap)
 
 
 def selected_attention(query, keys, values, indices, *, scale, softcap=None):
-    batch, kv_heads = keys.shape[:2]
     index = np.ascontiguousarray(indices.numpy())
     if index.size and index.max() >= keys.shape[2]:
         raise LaconicError(f"selected_attention: entry {index.max()} is not among the {keys.shape[2]} held.")
-    return _run(query, keys, values, index, first_slots(None, batch, kv_heads), index.shape[2], scale, softcap)
+    if isinstance(keys, Ragged):
+        index = np.where(index < first_slots(None, keys)[..., None], -1, index)
+    nothing = np.zeros(tuple(keys.shape[:2]), np.int64)
+    return _run(query, keys, values, index, nothing, index.shape[2], scale, softcap)

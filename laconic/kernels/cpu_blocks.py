@@ -6,14 +6,14 @@ import numba as nb
 import numpy as np
 import torch
 
-from laconic.kernels.cpu_common import NEGATIVE, flat, grouped, jit, padded_rows, row_logits, use_threads
+from laconic.kernels.cpu_common import NEGATIVE, first_slots, flat, grouped, jit, padded_rows, row_logits, use_threads
 from laconic.kernels.simd import ROWS
 
 CHUNK = 1024  # keys per task
 
 
 @jit(parallel=True)
-def _logit_chunks(query, keys, strides, indices, n, scale, logits):
+def _logit_chunks(query, keys, bases, stride, starts, indices, n, scale, logits):
     """q.k of all rows, or of those of ``indices`` (batch, kv_heads, n; no row and 0 entries: all), into ``logits``."""
     batch, kv_heads = query.shape[:2]
     chunks = (n + CHUNK - 1) // CHUNK
@@ -22,17 +22,17 @@ def _logit_chunks(query, keys, strides, indices, n, scale, logits):
         b, rest = divmod(task, kv_heads * chunks)
         h, chunk = divmod(rest, chunks)
         begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, n)
-        base = b * strides[0] + h * strides[1]
         rows = np.empty(padded_rows(CHUNK), np.int64)
         for j in range(padded_rows(end - begin)):
             at = min(begin + j, end - 1)
-            row = max(indices[b, h, at], 0) if indices.shape[2] else at
-            rows[j] = base + row * strides[2]
+            row = indices[b, h, at] if indices.shape[2] else at
+            rows[j] = bases[b, h] + max(row, starts[b, h]) * stride
         row_logits(query[b, h], keys, rows, end - begin, scale, logits[b, h], begin)
-        if indices.shape[2]:
-            for j in range(begin, end):
-                if indices[b, h, j] < 0:
-                    logits[b, h, :, j] = NEGATIVE
+        for j in range(begin, end):
+            if indices.shape[2] and indices[b, h, j] < 0:
+                logits[b, h, :, j] = NEGATIVE
+            elif not indices.shape[2] and j < starts[b, h]:  # nothing is stored there
+                logits[b, h, :, j] = np.float32(0.0)
 
 
 def logits(query, keys, *, scale=1.0, indices=None):
@@ -43,8 +43,8 @@ def logits(query, keys, *, scale=1.0, indices=None):
     chosen = np.empty((batch, kv_heads, 0), np.int64)
     if indices is not None:
         chosen = np.ascontiguousarray(indices.expand(batch, kv_heads, n).numpy())
-    flat_keys, strides = flat(keys)
+    flat_keys, bases, stride = flat(keys)
     out = np.empty((*groups.shape[:3], -(-n // ROWS) * ROWS), np.float32)
     if n:
-        _logit_chunks(groups, flat_keys, strides, chosen, n, np.float32(scale), out)
+        _logit_chunks(groups, flat_keys, bases, stride, first_slots(None, keys), chosen, n, np.float32(scale), out)
     return torch.from_numpy(out)[:, :, : query.shape[1] // kv_heads, :n].flatten(1, 2)

@@ -1,6 +1,7 @@
 """What the CPU kernels share: compiling, exponentials, and the way tensors come in.
 
-Arrays come in flat, with strides in elements: any view of a larger buffer is read where it lies.
+Arrays come in flat, with offsets and strides in elements: any view of a larger buffer, and heads of different lengths, are
+read where they lie.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numba as nb
 import numpy as np
 import torch
 
+from laconic.kernels.ragged import Ragged
 from laconic.kernels.simd import AHEAD, HEADS, LANES, ROWS, as_float, dots, power_of_two
 
 NEGATIVE = np.float32(-np.inf)
@@ -137,13 +139,22 @@ def scratch(shape: tuple[int, ...]) -> np.ndarray:
     return _kept.space[:size].reshape(shape)
 
 
-def flat(tensor: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The memory that a view spans, as one flat array, and the view's strides of batch, head and entry in elements."""
-    tensor = tensor.detach()
-    if tensor.dtype in _BITS:
-        tensor = tensor.view(_BITS[tensor.dtype])
+def flat(tensor: torch.Tensor | Ragged) -> tuple[np.ndarray, np.ndarray, int]:
+    """The memory that a view spans, as one flat array, and in elements of it the offsets ``(batch, heads)`` at which slot 0 of
+    each row and head stands, and the stride from slot to slot."""
+    if isinstance(tensor, Ragged):
+        width = tensor.data.stride(0)
+        return _numbers(tensor.data).numpy().reshape(-1), (tensor.bases * width).contiguous().numpy(), width
+    tensor = _numbers(tensor.detach())
+    (batch, heads), (row, head, entry) = tensor.shape[:2], tensor.stride()[:3]
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((span if tensor.numel() else 0,), (1,)).numpy(), np.array(tensor.stride()[:3], np.int64)
+    bases = np.arange(batch, dtype=np.int64)[:, None] * row + np.arange(heads, dtype=np.int64) * head
+    return tensor.as_strided((span if tensor.numel() else 0,), (1,)).numpy(), bases, entry
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a type that NumPy has."""
+    return tensor.view(_BITS[tensor.dtype]) if tensor.dtype in _BITS else tensor
 
 
 def grouped(query: torch.Tensor, kv_heads: int) -> np.ndarray:
@@ -155,8 +166,9 @@ def grouped(query: torch.Tensor, kv_heads: int) -> np.ndarray:
     return padded.numpy()
 
 
-def first_slots(starts: torch.Tensor | None, batch: int, kv_heads: int) -> np.ndarray:
-    """First visible slots ``(batch, kv_heads)``, int64; None is 0."""
-    if starts is None:
-        return np.zeros((batch, kv_heads), np.int64)
-    return np.ascontiguousarray(starts.expand(batch, kv_heads).numpy())
+def first_slots(starts: torch.Tensor | None, keys: torch.Tensor | Ragged) -> np.ndarray:
+    """First slots ``(batch, kv_heads)`` of ``keys`` that are visible and stored, int64; None is 0."""
+    first = np.zeros(tuple(keys.shape[:2]), np.int64)
+    if starts is not None:
+        first = np.ascontiguousarray(starts.expand(keys.shape[:2]).numpy())
+    return np.maximum(first, keys.starts.numpy()) if isinstance(keys, Ragged) else first

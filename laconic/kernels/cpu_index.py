@@ -115,7 +115,7 @@ def _vote_chunks(query, bias, steps, data, scales, capacity, starts, stop, softc
 def vote(
     query: torch.Tensor, index: KeyIndex, *, scale: float, starts=None, stop=None, over="layer", softcap=None
 ) -> torch.Tensor:
-    batch, kv_heads, capacity = index.scales.shape
+    kv_heads, capacity = index.scales.shape[1:]
     use_threads(index.bytes)
     groups = torch.from_numpy(grouped(query, kv_heads))
     units = groups.abs().amax(-1).clamp(min=1e-12) / 127
@@ -123,7 +123,7 @@ def vote(
     bias = codes.sum(-1, dtype=torch.int32) * -ZERO
     stop = index.n if stop is None else min(stop, index.n)
     weights, tops, sums = vote_space(codes.shape[:3], index.n, stop)
-    first = first_slots(starts, batch, kv_heads)
+    first = first_slots(starts, index.scales)
     _vote_chunks(
         codes.numpy(), bias.numpy(), (units * scale).numpy(), index.data.view(-1).numpy(), index.scales.view(-1).numpy(),
         capacity, first, stop, np.float32(softcap or 0.0), weights, tops, sums,

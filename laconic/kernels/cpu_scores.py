@@ -6,6 +6,7 @@ import numba as nb
 import numpy as np
 import torch
 
+from laconic.kernels.cpu_blocks import logits
 from laconic.kernels.cpu_common import (
     NEGATIVE,
     cap,
@@ -22,6 +23,7 @@ from laconic.kernels.cpu_common import (
     use_threads,
 )  # fmt: skip
 from laconic.kernels.parts import factors
+from laconic.kernels.ragged import dense
 from laconic.kernels.simd import ROWS
 
 CHUNK = 1024  # keys per task of the vote: their logits stay in the first caches
@@ -29,7 +31,7 @@ MAP_FLOATS = 1 << 21  # logits that column_sums holds at a time
 
 
 @jit(parallel=True)
-def _vote_chunks(query, keys, strides, starts, stop, scale, softcap, weights, tops, sums):
+def _vote_chunks(query, keys, bases, stride, starts, stop, scale, softcap, weights, tops, sums):
     """exp(logit - top of its chunk) into ``weights`` (batch, kv_heads, group, any), with tops and sums (..., chunks)."""
     batch, kv_heads, group, _ = query.shape
     chunks = tops.shape[3]
@@ -39,10 +41,9 @@ def _vote_chunks(query, keys, strides, starts, stop, scale, softcap, weights, to
         h, chunk = divmod(rest, chunks)
         begin, end = max(chunk * CHUNK, starts[b, h]), min((chunk + 1) * CHUNK, stop)
         if begin < end:
-            base = b * strides[0] + h * strides[1]
             first = begin // ROWS * ROWS  # so that no four columns reach into the chunk of another thread
             rows = np.empty(padded_rows(CHUNK), np.int64)
-            span_rows(base + first * strides[2], end - first, strides[2], rows)
+            span_rows(bases[b, h] + first * stride, end - first, stride, rows)
             row_logits(query[b, h], keys, rows, end - first, scale, weights[b, h], first)
             for g in range(group):
                 row = weights[b, h, g, begin:end]
@@ -75,15 +76,15 @@ def _gather_votes(weights, shares, group, starts, stop, votes):
 
 
 def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=None):
-    batch, kv_heads, n = keys.shape[:3]
+    kv_heads, n = keys.shape[1:3]
     use_threads(keys.numel() * keys.element_size())
     groups = grouped(query, kv_heads)
     stop = n if stop is None else min(stop, n)
     weights, tops, sums = vote_space(groups.shape[:3], n, stop)
-    first = first_slots(starts, batch, kv_heads)
-    flat_keys, strides = flat(keys)
+    first = first_slots(starts, keys)
+    flat_keys, bases, stride = flat(keys)
     scale, softcap = np.float32(scale), np.float32(softcap or 0.0)
-    _vote_chunks(groups, flat_keys, strides, first, stop, scale, softcap, weights, tops, sums)
+    _vote_chunks(groups, flat_keys, bases, stride, first, stop, scale, softcap, weights, tops, sums)
     return tally(weights, tops, sums, query.shape[1] // kv_heads, first, stop, n, over)
 
 
@@ -212,12 +213,27 @@ def _add_columns(weights, rows, bounds, shares, sums):
                 _add(weights[g * rows + r, low:high], shares[g * rows + r], sums[g, low:high])
 
 
+def _one_row(query, keys, scale, starts, window, softcap):
+    """The probabilities of a single query, which stands at the last slot."""
+    products, n = logits(query, keys, scale=scale), keys.shape[2]
+    if softcap is not None:
+        products.div_(softcap).tanh_().mul_(softcap)
+    first = torch.from_numpy(first_slots(starts, keys)).clamp(min=0 if window is None else n - window)
+    if bool(first.any()):
+        hidden = torch.arange(n) < first[..., None]
+        products.masked_fill_(hidden.repeat_interleave(query.shape[1] // keys.shape[1], 1), float("-inf"))
+    return products.softmax(-1).nan_to_num_(0.0)  # a query of padding attends to nothing
+
+
 def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
     batch, heads, count, dim = query.shape
+    if count == 1:
+        return _one_row(query[:, :, 0], keys, scale, starts, window, softcap)
+    keys = dense(keys)
     kv_heads, n = keys.shape[1:3]
     group = heads // kv_heads
     queries = query.detach().reshape(batch, kv_heads, group, count, dim)
-    first = first_slots(starts, batch, kv_heads)
+    first = first_slots(starts, keys)
     sums = np.zeros((batch, kv_heads, group, n), np.float32)
     step = min(count, max(8, MAP_FLOATS // (group * n)))
     space = torch.from_numpy(scratch((group * step * n,)))

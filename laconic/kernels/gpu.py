@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from laconic.kernels.parts import combine
+from laconic.kernels.ragged import Ragged, dense
 
 CHUNK = 1024  # keys per program of the vote
 BLOCK = 64  # keys per step of the inner loop
@@ -15,11 +16,19 @@ PROGRAMS = 512  # enough to fill the device
 
 
 @triton.jit
+def _base(bases, pair, b, h, stride_b, stride_h, RAGGED: tl.constexpr):
+    """The offset at which slot 0 of a row and head stands: looked up where heads have different lengths, else by stride."""
+    if RAGGED:
+        return tl.load(bases + pair)
+    return b * stride_b + h * stride_h
+
+
+@triton.jit
 def _attend(
-    query, keys, values, index, starts, output, state,
+    query, keys, values, key_bases, value_bases, index, starts, output, state,
     kv_heads, group, n, splits, scale, softcap,
     key_b, key_h, key_n, value_b, value_h, value_n, index_b, index_h,
-    HAS_INDEX: tl.constexpr, HAS_CAP: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_CAP: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     PAD_DIM: tl.constexpr, PAD_VALUE: tl.constexpr,
 ):  # fmt: skip
@@ -36,6 +45,8 @@ def _attend(
     top = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, PAD_VALUE), tl.float32)
+    key_base = _base(key_bases, pair, b, h, key_b, key_h, RAGGED)
+    value_base = _base(value_bases, pair, b, h, value_b, value_h, RAGGED)
     for at in range(begin, end, BLOCK_N):
         slot = at + tl.arange(0, BLOCK_N)
         seen = slot < end
@@ -44,7 +55,7 @@ def _attend(
             row = tl.load(index + b * index_b + h * index_h + slot, mask=seen, other=-1)
             seen = row >= 0
         k = tl.load(
-            keys + b * key_b + h * key_h + row[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
+            keys + key_base + row[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
         ).to(tl.float32)
         logits = tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale
         if HAS_CAP:
@@ -55,7 +66,7 @@ def _attend(
         shrink = tl.exp(top - safe)
         weight = tl.exp(logits - safe[:, None])
         v = tl.load(
-            values + b * value_b + h * value_h + row[:, None] * value_n + dv,
+            values + value_base + row[:, None] * value_n + dv,
             mask=seen[:, None] & (dv < VALUE_DIM), other=0.0,
         ).to(tl.float32)  # fmt: skip
         acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * v[None, :, :], axis=1)
@@ -69,9 +80,9 @@ def _attend(
 
 @triton.jit
 def _vote_chunks(
-    query, keys, starts, weights, tops, sums,
+    query, keys, key_bases, starts, weights, tops, sums,
     kv_heads, group, n, stop, chunks, scale, softcap, key_b, key_h, key_n,
-    HAS_CAP: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_CAP: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNK_N: tl.constexpr,
 ):  # fmt: skip
     """One chunk of keys: logits of GROUP heads, and per head their top and the sum of exp(logit - top)."""
@@ -83,11 +94,12 @@ def _vote_chunks(
     q = tl.load(query + heads[:, None] * DIM + d, mask=(g[:, None] < group) & (d < DIM), other=0.0).to(tl.float32)
     top = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
+    key_base = _base(key_bases, pair, b, h, key_b, key_h, RAGGED)
     for at in range(chunk * CHUNK_N, (chunk + 1) * CHUNK_N, BLOCK_N):
         slot = (at + tl.arange(0, BLOCK_N)).to(tl.int64)
         seen = (slot >= first) & (slot < stop)
         k = tl.load(
-            keys + b * key_b + h * key_h + slot[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
+            keys + key_base + slot[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
         ).to(tl.float32)
         logits = tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale
         if HAS_CAP:
@@ -104,8 +116,9 @@ def _vote_chunks(
 
 @triton.jit
 def _logit_chunks(
-    query, keys, index, logits, kv_heads, group, n, scale, key_b, key_h, key_n, index_b, index_h,
-    HAS_INDEX: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    query, keys, key_bases, starts, index, logits, kv_heads, group, n, scale, key_b, key_h, key_n, index_b, index_h,
+    RAGGED: tl.constexpr, HAS_INDEX: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Logits of GROUP heads and BLOCK_N keys, all or those of ``index``; -inf for an empty slot."""
     pair = tl.program_id(0)
@@ -117,9 +130,11 @@ def _logit_chunks(
     if HAS_INDEX:
         row = tl.load(index + b * index_b + h * index_h + slot, mask=seen, other=-1)
         seen = row >= 0
+    stored = seen & (row >= tl.load(starts + pair))
+    key_base = _base(key_bases, pair, b, h, key_b, key_h, RAGGED)
     q = tl.load(query + heads[:, None] * DIM + d, mask=(g[:, None] < group) & (d < DIM), other=0.0).to(tl.float32)
     k = tl.load(
-        keys + b * key_b + h * key_h + row[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
+        keys + key_base + row[:, None] * key_n + d, mask=stored[:, None] & (d < DIM), other=0.0
     ).to(tl.float32)
     product = tl.where(seen[None, :], tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale, float("-inf"))
     tl.store(logits + heads[:, None] * n + slot, product, mask=(g[:, None] < group) & (slot < n))
@@ -217,29 +232,46 @@ def _run(query, keys, values, index, starts, n, scale, softcap):
     output = torch.empty(batch, kv_heads, splits, padded, value_dim, dtype=torch.float32, device=query.device)
     state = torch.empty(batch, kv_heads, splits, padded, 2, dtype=torch.float32, device=query.device)
     index_strides = (0, 0) if index is None else (index.stride(0), index.stride(1) if index.shape[1] > 1 else 0)
+    (keys_at, key_bases), (values_at, value_bases) = _memory(keys), _memory(values)
     _attend[(batch * kv_heads, splits)](
-        query.contiguous(), keys, values, index, _starts(starts, keys), output, state,
+        query.contiguous(), keys_at, values_at, key_bases, value_bases, index, starts, output, state,
         kv_heads, group, n, splits, scale, softcap or 1.0,
-        *keys.stride()[:3], *values.stride()[:3], *index_strides,
-        HAS_INDEX=index is not None, HAS_CAP=softcap is not None, GROUP=padded, DIM=keys.shape[-1],
-        VALUE_DIM=value_dim, BLOCK_N=BLOCK, PAD_DIM=triton.next_power_of_2(keys.shape[-1]),
+        *_strides(keys), *_strides(values), *index_strides,
+        RAGGED=isinstance(keys, Ragged), HAS_INDEX=index is not None, HAS_CAP=softcap is not None,
+        GROUP=padded, DIM=keys.shape[-1], VALUE_DIM=value_dim, BLOCK_N=BLOCK, PAD_DIM=triton.next_power_of_2(keys.shape[-1]),
         PAD_VALUE=triton.next_power_of_2(value_dim),
     )  # fmt: skip
     return combine(output, state, query)
 
 
-def _starts(starts: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:
-    if starts is None:
-        return torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
-    return starts.expand(keys.shape[:2]).contiguous()
+def _starts(starts: torch.Tensor | None, keys: torch.Tensor | Ragged) -> torch.Tensor:
+    """First slots ``(batch, kv_heads)`` that are visible and stored."""
+    none = torch.zeros(1, 1, dtype=torch.int64, device=keys.device)
+    first = (none if starts is None else starts).expand(keys.shape[:2])
+    return (torch.maximum(first, keys.starts) if isinstance(keys, Ragged) else first).contiguous()
+
+
+def _memory(tensor: torch.Tensor | Ragged) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where the entries lie, and the offsets of slot 0 per row and head where these are no matter of strides."""
+    if isinstance(tensor, Ragged):
+        return tensor.data, (tensor.bases * tensor.data.stride(0)).contiguous()
+    return tensor, None
+
+
+def _strides(tensor: torch.Tensor | Ragged) -> tuple[int, int, int]:
+    return (0, 0, tensor.data.stride(0)) if isinstance(tensor, Ragged) else tensor.stride()[:3]
 
 
 def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
-    return _run(query, keys, values, None, starts, keys.shape[2], scale, softcap)
+    return _run(query, keys, values, None, _starts(starts, keys), keys.shape[2], scale, softcap)
 
 
 def selected_attention(query, keys, values, indices, *, scale, softcap=None):
-    return _run(query, keys, values, indices.contiguous(), None, indices.shape[-1], scale, softcap)
+    if isinstance(keys, Ragged):
+        indices = indices.expand(-1, keys.shape[1], -1)
+        indices = indices.masked_fill(indices < keys.starts[..., None], -1)
+    everything = torch.zeros(keys.shape[:2], dtype=torch.int64, device=indices.device)  # the entries are those of ``indices``
+    return _run(query, keys, values, indices.contiguous(), everything, indices.shape[-1], scale, softcap)
 
 
 def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=None):
@@ -250,11 +282,12 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=No
     weights = torch.empty(batch, kv_heads, group, n, dtype=torch.float32, device=query.device)
     tops = torch.empty(batch, kv_heads, group, chunks, dtype=torch.float32, device=query.device)
     sums = torch.empty_like(tops)
+    keys_at, key_bases = _memory(keys)
     _vote_chunks[(batch * kv_heads, chunks)](
-        query.contiguous(), keys, _starts(starts, keys), weights, tops, sums,
-        kv_heads, group, n, stop, chunks, scale, softcap or 1.0, *keys.stride()[:3],
-        HAS_CAP=softcap is not None, GROUP=max(2, triton.next_power_of_2(group)), DIM=dim, PAD_DIM=triton.next_power_of_2(dim),
-        BLOCK_N=BLOCK, CHUNK_N=CHUNK,
+        query.contiguous(), keys_at, key_bases, _starts(starts, keys), weights, tops, sums,
+        kv_heads, group, n, stop, chunks, scale, softcap or 1.0, *_strides(keys),
+        RAGGED=isinstance(keys, Ragged), HAS_CAP=softcap is not None, GROUP=max(2, triton.next_power_of_2(group)),
+        DIM=dim, PAD_DIM=triton.next_power_of_2(dim), BLOCK_N=BLOCK, CHUNK_N=CHUNK,
     )  # fmt: skip
     best = tops.amax(-1, keepdim=True)
     best = best.masked_fill(best == float("-inf"), 0.0)
@@ -270,26 +303,27 @@ def logits(query, keys, *, scale=1.0, indices=None):
     out = torch.empty(batch, query.shape[1], n, dtype=torch.float32, device=query.device)
     indices = None if indices is None else indices.contiguous()
     index_strides = (0, 0) if indices is None else (indices.stride(0), indices.stride(1) if indices.shape[1] > 1 else 0)
+    keys_at, key_bases = _memory(keys)
     _logit_chunks[(batch * kv_heads, triton.cdiv(n, BLOCK))](
-        query.contiguous(), keys, indices, out, kv_heads, group, n, scale, *keys.stride()[:3], *index_strides,
-        HAS_INDEX=indices is not None, GROUP=max(2, triton.next_power_of_2(group)), DIM=dim,
-        PAD_DIM=triton.next_power_of_2(dim), BLOCK_N=BLOCK,
+        query.contiguous(), keys_at, key_bases, _starts(None, keys), indices, out, kv_heads, group, n, scale,
+        *_strides(keys), *index_strides, RAGGED=isinstance(keys, Ragged), HAS_INDEX=indices is not None,
+        GROUP=max(2, triton.next_power_of_2(group)), DIM=dim, PAD_DIM=triton.next_power_of_2(dim), BLOCK_N=BLOCK,
     )  # fmt: skip
     return out
 
 
 def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
     """In two passes over the tiles of the map, none of which is stored: the rows' denominators, then the columns."""
+    starts, keys = _starts(starts, keys), dense(keys)
     batch, heads, count, dim = query.shape
     n, group = keys.shape[2], heads // keys.shape[1]
     lse = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, n, dtype=torch.float32, device=query.device)
-    first = _starts(starts, keys)
     sizes = (heads, group, count, n, window or 0, scale, softcap or 1.0, *query.stride()[:3], *keys.stride()[:3])
     options = {
         "HAS_WINDOW": window is not None, "HAS_CAP": softcap is not None, "DIM": dim,
         "PAD_DIM": max(16, triton.next_power_of_2(dim)), "SIDE": SIDE,
     }  # fmt: skip
-    _row_lse[(batch * heads, triton.cdiv(count, SIDE))](query, keys, first, lse, *sizes, **options)
-    _columns[(batch * heads, triton.cdiv(n, SIDE))](query, keys, first, lse, sums, *sizes, **options)
+    _row_lse[(batch * heads, triton.cdiv(count, SIDE))](query, keys, starts, lse, *sizes, **options)
+    _columns[(batch * heads, triton.cdiv(n, SIDE))](query, keys, starts, lse, sums, *sizes, **options)
     return sums

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from laconic.kernels.ragged import Ragged, dense
+
 NEGATIVE = float("-inf")
 
 
@@ -26,7 +28,15 @@ def _attend(logits: torch.Tensor, values: torch.Tensor, query: torch.Tensor) -> 
     return output.reshape(*query.shape[:2], -1).to(query.dtype), lse.reshape(query.shape[:2])
 
 
+def _first(starts, keys):
+    """First slots that are visible and stored, or None for all."""
+    if not isinstance(keys, Ragged):
+        return starts
+    return keys.starts if starts is None else torch.maximum(starts, keys.starts)
+
+
 def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
+    starts, keys, values = _first(starts, keys), dense(keys), dense(values)
     logits = _logits(query, keys, scale, softcap)
     if starts is not None:
         slot = torch.arange(keys.shape[2], device=keys.device)
@@ -36,6 +46,9 @@ def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
 
 def selected_attention(query, keys, values, indices, *, scale, softcap=None):
     index = indices.expand(-1, keys.shape[1], -1)
+    if isinstance(keys, Ragged):
+        index = index.masked_fill(index < keys.starts[..., None], -1)
+    keys, values = dense(keys), dense(values)
     rows = index.clamp(min=0)[..., None]
     picked_keys, picked_values = (t.gather(2, rows.expand(-1, -1, -1, t.shape[-1])) for t in (keys, values))
     logits = _logits(query, picked_keys, scale, softcap).masked_fill((index < 0)[:, :, None], NEGATIVE)
@@ -43,6 +56,7 @@ def selected_attention(query, keys, values, indices, *, scale, softcap=None):
 
 
 def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=None):
+    starts, keys = _first(starts, keys), dense(keys)
     logits = _logits(query, keys, scale, softcap)
     slot = torch.arange(keys.shape[2], device=keys.device)
     if starts is not None:
@@ -63,6 +77,7 @@ def topk(scores, k):
 
 
 def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, rows=128):
+    starts, keys = _first(starts, keys), dense(keys)
     batch, heads, count, dim = query.shape
     kv_heads, n = keys.shape[1:3]
     grouped = query.view(batch, kv_heads, heads // kv_heads, count, dim)
@@ -92,6 +107,7 @@ def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, r
 
 
 def logits(query, keys, *, scale=1.0, indices=None):
+    keys = dense(keys)
     if indices is not None:
         index = indices.expand(-1, keys.shape[1], -1)
         keys = keys.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, keys.shape[-1]))

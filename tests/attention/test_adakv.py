@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from attend import Run, held, random_qkv
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import prompt, shared
 
 import laconic
-from laconic import Recipe
+from laconic import Recipe, registry
+from laconic.attention.base import ReadMethod
 from laconic.errors import LaconicError
+from laconic.kernels.ragged import Ragged
 from laconic.primitives.select import keep_top_of_all_heads
 
 
@@ -80,3 +85,27 @@ def test_what_makes_no_sense_is_one_sentence(text: str, sentence: str) -> None:
     with pytest.raises(LaconicError, match=sentence) as error:
         Recipe.parse(text)
     assert "\n" not in str(error.value)
+
+
+def test_each_head_is_stored_in_its_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are those of the budget, not of the longest head; what comes out is what padded heads would give."""
+    model, inputs = shared(), prompt(2, 74, seed=5, pads=(0, 20))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    every = {row["id"]: registry.find(row["id"]) for row in registry.methods()}
+    readers = [name for name, cls in every.items() if issubclass(cls, ReadMethod) and cls.needs == "nothing"]
+    for reader in [None, *readers]:
+        recipe = "adakv(keydiff(sinks=1, recent=1), floor=0.1):16" + (f" + {reader}(sinks=1, recent=3):8" if reader else "")
+        outputs = []
+        for saves in (0.01, 2.0):
+            monkeypatch.setattr("laconic.cache.SAVES", saves)
+            with laconic.apply(model, recipe) as handle, torch.no_grad():
+                cache, out = handle.cache(), []
+                for begin, end in itertools.pairwise([0, 70, 71, 72, 73, 74]):
+                    out.append(model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
+                outputs.append(torch.cat(out, 1)[mask.bool()])
+                layer = cache.layers[0]
+                assert isinstance(layer.keys, Ragged) == (saves < 1)
+                if saves < 1 and reader is None:  # two rows and two KV heads of 16 entries on average
+                    assert layer.keys.numel() + layer.values.numel() == 2 * (2 * 2 * 16) * layer.keys.shape[-1]
+                    assert layer.n > 16 and layer.entries == handle.stats()["kept"] == 16
+        torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)

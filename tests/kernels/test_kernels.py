@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from laconic import kernels
 from laconic.errors import LaconicError
 from laconic.kernels import cpu, reference
+from laconic.kernels.ragged import Ragged
 
 IMPLEMENTATIONS = ["cpu", "gpu"]
 SHAPES = [  # batch, heads, kv_heads, n, head_dim
@@ -195,3 +196,38 @@ def test_large_logits_stay_finite():
     expected, lse_expected = reference.decode_attention(query * 1000, keys, values, scale=1.0)
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lse, lse_expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_heads_of_different_lengths(fast, shape, dtype):
+    """Every kernel gives the same for heads that are stored one after the other as for a whole tensor, in either module."""
+    query, keys, values, starts = tensors(shape, dtype)
+    batch, _, kv_heads, n, _ = shape
+    slot = torch.arange(n)
+    keys, values = (t.masked_fill((slot < starts[..., None])[..., None], 0) for t in (keys, values))
+    ragged = [Ragged.of(t, starts) for t in (keys, values)]
+    assert torch.equal(ragged[0].padded(), keys) and torch.equal(ragged[1][:, :, n // 3 :], values[:, :, n // 3 :])
+    assert ragged[0].numel() == int((n - starts).sum()) * keys.shape[-1] and ragged[0].shape == keys.shape
+    later = (starts + torch.randint(0, 3, starts.shape)).clamp(max=n - 1)
+    chosen = torch.stack([torch.stack([slot[s:][:: max(1, (n - s) // 4)][:4] for s in row.tolist()]) for row in starts]) \
+        if n > 30 else (n - 1 - torch.zeros(batch, kv_heads, 1, dtype=torch.int64))
+    outside = torch.cat([torch.where(starts > 0, 0, -1)[..., None], chosen], -1)  # slot 0 is not there wherever starts > 0
+    expected = torch.where(outside < starts[..., None], -1, outside)
+    for first in (None, later):
+        options = {"scale": 0.2, "starts": first}
+        whole = {"scale": 0.2, "starts": starts if first is None else later}
+        for module in (fast, reference):
+            got = module.decode_attention(query, *ragged, **options)
+            close(got, reference.decode_attention(query, keys, values, **whole), dtype)
+            for over in ("layer", "group"):
+                got = module.vote(query, ragged[0], stop=n - 1, over=over, **options)
+                close([got], [reference.vote(query, keys, stop=n - 1, over=over, **whole)], dtype)
+            got = module.column_sums(query[:, :, None], ragged[0], **options)
+            close([got], [reference.column_sums(query[:, :, None], keys, **whole)], dtype)
+    for module in (fast, reference):
+        got = module.selected_attention(query, *ragged, outside, scale=0.2)
+        close(got, reference.selected_attention(query, keys, values, expected, scale=0.2), dtype)
+        close([module.logits(query, ragged[0])], [reference.logits(query, keys)], dtype)
+        got = module.logits(query, ragged[0], indices=chosen)
+        close([got], [reference.logits(query, keys, indices=chosen)], dtype)
