@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,12 @@ class Buffer:
         """Forgets the first ``count`` entries of every row and head."""
         rest = self.view()[:, :, count:].clone()
         self._data, self.n = rest, rest.shape[2]
+
+    def shift(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies the entries at slots ``source`` (batch, heads, k) to slots ``target`` of the same row and head."""
+        view = self.view()
+        index = target if view.dim() == 3 else target[..., None].expand(*target.shape, view.shape[-1])
+        view.scatter_(2, index, take(view, source))
 
     def crop(self, n: int) -> None:
         self.n = n
@@ -133,6 +140,16 @@ class RaggedBuffer:
         slot = torch.arange(count, self.n, device=self._data.device)
         self.keep(torch.where(slot >= self.starts[..., None], slot, -1))
 
+    def shift(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies the entries at slots ``source`` (batch, heads, k) to slots ``target`` of the same row and head."""
+        base = (self._first - self.starts)[..., None]
+        self._data[base + target] = self._data[base + source]
+
+    def front(self, starts: torch.Tensor) -> None:
+        """Forgets the slots before ``starts`` (batch, heads); their memory goes with the next move."""
+        self._room = self._room - (starts - self.starts)
+        self._first, self.starts = self._first + starts - self.starts, starts
+
     def crop(self, n: int) -> None:
         starts = self.starts.clamp(max=n)
         self._first, self.n, self.starts = self._first + starts - self.starts, n, starts
@@ -193,6 +210,35 @@ def locate(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return found.masked_fill(absent, -1).sort(dim=-1).values
 
 
+@dataclass(frozen=True)
+class Rest:
+    """One entry per row and KV head that stands for ``count`` evicted ones: as their mean, with log ``count`` added to its logit
+    (RazorAttention, 2024). Equal keys so keep exactly the attention that they had.
+
+    Attributes:
+        key_sum, value_sum: float32 ``(batch, kv_heads, dim)``; count: float32 ``(batch, kv_heads, 1)``.
+    """
+
+    key_sum: torch.Tensor
+    value_sum: torch.Tensor
+    count: torch.Tensor
+
+    def __add__(self, other: Rest) -> Rest:
+        return Rest(self.key_sum + other.key_sum, self.value_sum + other.value_sum, self.count + other.count)
+
+    def entry(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Its key and value ``(batch, kv_heads, 1, dim)``, and the bias of its logit ``(batch, kv_heads, 1)``; -inf for none."""
+        key, value = (total / self.count.clamp(min=1) for total in (self.key_sum, self.value_sum))
+        return key[:, :, None].to(dtype), value[:, :, None].to(dtype), self.count.log()
+
+    def rows(self, index: torch.Tensor) -> Rest:
+        return Rest(*(_rows(t, index) for t in (self.key_sum, self.value_sum, self.count)))
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.key_sum, self.value_sum, self.count))
+
+
 class Request:
     """What the layers of one cache share: the policy that serves them, the incoming positions, and the figures.
 
@@ -227,6 +273,7 @@ class KVLayer(CacheLayerMixin):
             eviction, reordering and crop.
         memory: anything else a method keeps for this request and layer (the last query, the last selection, ...).
             Tensors in it have the batch as first dimension and follow reordering.
+        rest: one entry per row and head that stands for evicted ones, or None; see ``fold``.
         slots: selections that a method wants to use again, int64 ``(batch, heads, k)``. They follow reordering and the
             passing of a sliding window, and are forgotten when entries are evicted or cropped.
     """
@@ -249,6 +296,7 @@ class KVLayer(CacheLayerMixin):
         self.memory: dict[str, Any] = {}
         self.seen = 0
         self.padded = False
+        self.rest: Rest | None = None
         self.passed = 0  # the sliding window behind which entries were dropped; 0 when all are still there
         self.slots: dict[str, torch.Tensor] = {}
         self._index: KeyIndex | None = None
@@ -299,6 +347,7 @@ class KVLayer(CacheLayerMixin):
             buffer.rows(beam_idx)
         self.memory = {name: _rows(value, beam_idx) for name, value in self.memory.items()}
         self.slots = {name: _rows(value, beam_idx) for name, value in self.slots.items()}
+        self.rest = _rows(self.rest, beam_idx)
         self._index = None
         self._blocks = {}
 
@@ -391,6 +440,8 @@ class KVLayer(CacheLayerMixin):
             first = (self.shared_positions[:, :, -1:] - window + 1).clamp(min=0)
         elif not self.padded:
             return None
+        if isinstance(self._keys, RaggedBuffer) and isinstance(first, int):
+            return self._keys.starts
         hidden = (self.shared_positions < first).sum(-1)
         return hidden.expand(-1, self.heads)
 
@@ -411,13 +462,47 @@ class KVLayer(CacheLayerMixin):
         if bool(nothing.any()):
             lead = int(nothing.sum(-1).min())  # empty in all rows and heads
             slots, nothing = slots[..., lead:], nothing[..., lead:]
-        ragged = slots.shape[1] == self.heads and float(nothing.float().mean()) >= SAVES
+        saves = slots.shape[1] == self.heads and float(nothing.float().mean()) >= SAVES
+        ragged = saves and bool((self.lengths > 0).all())  # no more padding can come
         self._keys, self._values = kept(self._keys, slots, ragged), kept(self._values, slots, ragged)
         self.tracks = {name: kept(track, slots, ragged) for name, track in self.tracks.items()}
         self._positions.keep(slots)
         if bool(nothing.any()):
             self._positions.view().masked_fill_(nothing, EMPTY)
             self.padded = True
+
+    def fold(self, slots: torch.Tensor) -> None:
+        """Adds the entries at ``slots`` (batch, kv_heads, k), -1 for none, to what stands for the evicted ones."""
+        keys, values = (take(t, slots).float() for t in (self.keys, self.values))
+        real = (slots >= 0).float()[..., None]
+        fresh = Rest((keys * real).sum(2), (values * real).sum(2), real.sum(2))
+        self.rest = fresh if self.rest is None else self.rest + fresh
+
+    def forget_after(self, sinks: int, counts: torch.Tensor) -> None:
+        """Evicts the ``counts`` (batch, kv_heads) entries that follow the first ``sinks`` of each row and head.
+
+        The first ones move up to close the gap and nothing else moves, so that a step costs next to nothing at any length.
+        """
+        self._catch_up()
+        starts = self.starts()
+        starts = torch.zeros_like(counts) if starts is None else starts
+        if self._positions.view().shape[1] == 1 < self.heads:
+            self._positions = Buffer(self.positions)
+        source = starts[..., None] + torch.arange(sinks, device=counts.device)
+        empty = torch.arange(self.n, device=counts.device) < (starts + counts)[..., None]
+        for buffer in self._buffers():
+            buffer.shift(source, source + counts[..., None])
+            if isinstance(buffer, RaggedBuffer):
+                buffer.front(starts + counts)
+        self._positions.view().masked_fill_(empty, EMPTY)
+        self.padded = True
+        self.slots.clear()
+        self._index = None
+        self._blocks = {}
+        lead = int((starts + counts).min())
+        if lead > max(64, self.n // 8):
+            slot = torch.arange(lead, self.n, device=counts.device)
+            self._keep(torch.where(slot >= (starts + counts)[..., None], slot, -1))
 
     def pass_window(self, window: int) -> None:
         """Evicts all but the newest ``window`` entries of every row and head, which no later token can see."""
@@ -475,10 +560,10 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def bytes_kept(self) -> int:
-        """Bytes of the entries held: keys, values, tracks, 8-bit keys and blocks of keys."""
+        """Bytes of the entries held: keys, values, tracks, 8-bit keys, blocks of keys, and what stands for evicted entries."""
         held = [b for b in self._buffers() if b is not self._positions]
         index = 0 if self._index is None else self._index.bytes
-        index += sum(blocks.bytes for blocks in self._blocks.values())
+        index += sum(blocks.bytes for blocks in self._blocks.values()) + (0 if self.rest is None else self.rest.bytes)
         return index + sum(b.view().numel() * b.view().element_size() for b in held)
 
     def copy(self, request: Request) -> KVLayer:
@@ -490,6 +575,7 @@ class KVLayer(CacheLayerMixin):
             twin._keys, twin._values, twin._positions = self._keys.copy(), self._values.copy(), self._positions.copy()
             twin.tracks = {name: buffer.copy() for name, buffer in self.tracks.items()}
             twin.memory = {name: _copy(value) for name, value in self.memory.items()}
+            twin.rest = self.rest  # never changed in place
             twin.slots = {name: value.clone() for name, value in self.slots.items()}
         return twin
 

@@ -2,8 +2,8 @@
 
 A method that needs one says ``needs = "calibration"``, has a parameter ``profile`` (a path; empty for the one that comes with a
 built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON; one that learns from right
-answers takes ``answers=None`` too. ``find_profile`` gives the tables back, and refuses those of another model in one sentence
-that names the command which makes them.
+answers takes ``answers=None`` too, one that draws random numbers ``seed``. ``find_profile`` gives the tables back, and refuses
+those of another model in one sentence that names the command which makes them.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def make_profile(
     cls = find(method)
     if not hasattr(cls, "calibrate"):
         raise LaconicError(f"{method} needs no profile: use it as it is.")
-    learns = answers is not None and "answers" in inspect.signature(cls.calibrate).parameters
-    used = [*texts, *answers] if learns else texts
+    taken = inspect.signature(cls.calibrate).parameters
+    options = {k: v for k, v in {"answers": answers, "seed": seed}.items() if v is not None and k in taken}
+    used = [*texts, *options.get("answers", [])]
     data = hashlib.sha256(b"".join(ids.to(torch.int64).numpy().tobytes() for ids in used)).hexdigest()[:16]
-    tables = cls.calibrate(model, texts, answers) if learns else cls.calibrate(model, texts)
-    return Profile(method, fingerprint(model), seed, data, tables)
+    return Profile(method, fingerprint(model), seed, data, cls.calibrate(model, texts, **options))
 
 
 def need_file(method: str, path: str) -> None:

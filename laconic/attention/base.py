@@ -102,6 +102,7 @@ class EvictMethod(AttentionMethod):
 
     verbs: ClassVar[tuple[str, ...]] = ("evict",)
     while_decoding: ClassVar[bool] = True  # whether it also evicts after single-token steps
+    compensates: ClassVar[bool] = False  # whether one entry stands for those that it evicts
     reads_keys: ClassVar[bool] = True  # whether its score has to read all keys, for the bytes that are reported
 
     sinks: int = parameter(4, "first tokens that are always kept", least=0)

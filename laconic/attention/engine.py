@@ -12,7 +12,7 @@ from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReadMethod, ReweightMethod
 from laconic.attention.prefill import prefill_attention
 from laconic.attention.reweight import reweighted_chunk, reweighted_step
-from laconic.cache import KVLayer, locate, take
+from laconic.cache import EMPTY, KVLayer, Rest, locate, take
 from laconic.errors import LaconicError
 from laconic.kernels.ragged import dense
 from laconic.primitives.select import hide
@@ -50,6 +50,11 @@ class Policy:
         if len(shorteners) > 1:
             raise LaconicError(f"{' and '.join(m.id for m in shorteners)} both compute a part of the prompt: keep one of them.")
         self.shortener = shorteners[0] if shorteners else None
+        folders = [m for m in self.evictors if m.compensates]
+        if folders and self.reweighter:
+            raise LaconicError(
+                f"{self.reweighter.id} changes weights of entries, and {folders[0].id} has one for many: keep one of them."
+            )
         if self.shortener and self.reweighter:
             raise LaconicError(
                 f"{self.reweighter.id} changes weights that {self.shortener.id} does not compute: keep one of them."
@@ -103,23 +108,41 @@ class Policy:
         options = {"scale": call.scale, "softcap": call.softcap}
         if selection is None:
             starts = layer.starts(call.window)
-            output, _ = kernels.decode_attention(call.last, layer.keys, layer.values, starts=starts, **options)
-            return output[:, :, None], 0.0 if self.measure else None
+            output, lse = kernels.decode_attention(call.last, layer.keys, layer.values, starts=starts, **options)
+            return self._add_rest(layer, call, output, lse)[:, :, None], 0.0 if self.measure else None
         query, keys, values, slots, _ = _entries(layer, call, selection)
         output, lse = kernels.selected_attention(query[:, :, -1], keys, values, slots, **options)
         mass = None
         if self.measure and selection.key_positions is None:
             mass = _mass(layer, call, selection.indices, lse)
-        return output[:, :, None], mass
+        return self._add_rest(layer, call, output, lse)[:, :, None], mass
+
+    def _add_rest(self, layer: KVLayer, call: Call, output: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """The output (batch, heads, head_dim) of a step, with what stands for evicted entries."""
+        if layer.rest is None:
+            return output
+        key, value, bias = layer.rest.entry(torch.float32)
+        grouped = (part.unflatten(1, (layer.heads, -1)) for part in (call.last.float(), output.float(), lse))
+        query, kept, total = grouped
+        logit = (query * key).sum(-1) * call.scale
+        if call.softcap is not None:
+            logit = call.softcap * torch.tanh(logit / call.softcap)
+        logit = logit + bias  # a softmax over two: what is kept as one, and the rest
+        share = torch.sigmoid(logit - total).masked_fill(logit == float("-inf"), 0.0)[..., None]
+        return (kept + share * (value - kept)).flatten(1, 2).to(output.dtype)
 
     def _chunk(self, layer: KVLayer, call: Call, selection: Selection | None) -> tuple[torch.Tensor, float]:
         """Attention of several new tokens, and the share of their pairs with keys that was computed."""
-        shortened = self.shortener.attend_prompt(layer, call) if self.shortener is not None and selection is None else None
-        if shortened is not None:
-            return shortened
+        if self.shortener is not None and selection is None and layer.rest is None:
+            shortened = self.shortener.attend_prompt(layer, call)
+            if shortened is not None:
+                return shortened
         query, keys, values, _, positions = _entries(layer, call, selection)
+        bias = None
+        if layer.rest is not None:
+            keys, values, positions, bias = _with_rest(layer.rest, keys, values, positions)
         output = prefill_attention(
-            query, keys, values, positions, scale=call.scale, window=call.window, softcap=call.softcap
+            query, keys, values, positions, scale=call.scale, window=call.window, softcap=call.softcap, bias=bias
         )
         return output, 1.0
 
@@ -177,6 +200,17 @@ def _entries(
     query, keys, values, slots = _moved(layer, call, selection)
     positions = torch.where(selection.indices < 0, -1, take(layer.shared_positions, selection.indices))
     return query, keys, values, slots, positions
+
+
+def _with_rest(
+    rest: Rest, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values and positions with the entry of ``rest`` in front, which every token sees, and what is added to logits."""
+    key, value, more = rest.entry(keys.dtype)
+    positions = positions.expand(-1, keys.shape[1], -1)
+    bias = torch.cat([more, more.new_zeros(positions.shape)], dim=-1)
+    first = torch.zeros_like(positions[..., :1]).masked_fill(rest.count == 0, EMPTY)
+    return torch.cat([key, keys], dim=2), torch.cat([value, values], dim=2), torch.cat([first, positions], dim=-1), bias
 
 
 def _moved(

@@ -21,6 +21,7 @@ def prefill_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last ``rows`` entries over all entries.
 
@@ -29,6 +30,7 @@ def prefill_attention(
         keys, values: ``(batch, kv_heads, n, head_dim)``, n >= rows; the last ``rows`` belong to the queries.
         positions: int64 ``(batch, 1 or kv_heads, n)``: position of each entry, -1 for padding.
         window: a query at position p sees positions above p - window.
+        bias: ``(batch, kv_heads, n)``: added to the logits of each entry.
 
     Returns:
         ``(batch, heads, rows, head_dim)``; rows of padding are zero.
@@ -40,7 +42,7 @@ def prefill_attention(
     pads = (positions[:, 0] < 0).sum(-1).tolist()
     for row in range(batch):
         pad = pads[row]
-        plain = rows == n and softcap is None and (window is None or n - pad <= window) and pad < n
+        plain = rows == n and softcap is None and bias is None and (window is None or n - pad <= window) and pad < n
         if plain:  # a fresh prompt: cut the padding off and let the fused kernel do the rest
             part = (t[row][..., pad:, :] for t in (grouped, keys, values))
             output[row, :, :, pad:] = _fused(*part, scale)
@@ -49,7 +51,7 @@ def prefill_attention(
                 end = min(begin + ROWS, rows)
                 output[row, :, :, begin:end] = _block(
                     grouped[row][:, :, begin:end], keys[row], values[row], positions[row], n - rows + begin,
-                    scale, window, softcap,
+                    scale, window, softcap, None if bias is None else bias[row],
                 )  # fmt: skip
     return output.view(batch, heads, rows, -1)
 
@@ -104,17 +106,25 @@ def _visible_entries(positions: torch.Tensor, own: torch.Tensor, first: torch.Te
 
 
 def _masked(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query (..., kv_heads, group, rows, d) over keys (..., kv_heads, k, d); rows that see nothing give zeros."""
     group = query.shape[-3]
     if softcap is None:
         keys, values = (t.unsqueeze(-3).expand(*t.shape[:-2], group, -1, -1) for t in (keys, values))
-        output = sdpa(query, keys, values, attn_mask=visible, scale=scale)
+        mask = visible if bias is None else torch.where(visible, bias, float("-inf")).to(query.dtype)
+        output = sdpa(query, keys, values, attn_mask=mask, scale=scale)
     else:
         logits = torch.einsum("...kgrd,...knd->...kgrn", query.float(), keys.float()) * scale
-        logits = (softcap * torch.tanh(logits / softcap)).masked_fill(~visible, float("-inf"))
-        output = torch.einsum("...kgrn,...knd->...kgrd", logits.softmax(-1), values.float()).to(query.dtype)
+        logits = softcap * torch.tanh(logits / softcap) + (0.0 if bias is None else bias)
+        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+        output = torch.einsum("...kgrn,...knd->...kgrd", weights, values.float()).to(query.dtype)
     return output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
@@ -134,6 +144,7 @@ def _block(
     scale: float,
     window: int | None,
     softcap: float | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Rows whose own entries start at slot ``first``: query (kv_heads, group, rows, d) over the slots that they can see."""
     rows = query.shape[2]
@@ -148,4 +159,5 @@ def _block(
     if window is not None:
         visible = visible & (at[:, None] > own - window)
     visible = visible & (own >= 0)  # (1 or kv_heads, rows, slots)
-    return _masked(query, keys[:, start:stop], values[:, start:stop], visible[:, None], scale, softcap)
+    bias = None if bias is None else bias[:, None, None, start:stop]
+    return _masked(query, keys[:, start:stop], values[:, start:stop], visible[:, None], scale, softcap, bias)
