@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from laconic import kernels
 from laconic.errors import LaconicError
 from laconic.kernels.blocks import KeyBlocks
 from laconic.kernels.index import KeyIndex
@@ -26,7 +27,7 @@ class Buffer:
     """A tensor ``(batch, heads, n, ...)`` that grows along n: memory doubles, appending is amortised O(new), reads are views."""
 
     def __init__(self, first: torch.Tensor, reserve: int = 0) -> None:
-        self.n = 0
+        self.n, self._begin = 0, 0
         count = first.shape[2]
         capacity = max(reserve, count + max(64, count // 8))  # room for an answer, before the first doubling
         self._data = empty((*first.shape[:2], capacity, *first.shape[3:]), first.dtype, first.device)
@@ -34,27 +35,29 @@ class Buffer:
 
     def append(self, new: torch.Tensor) -> None:
         end = self.n + new.shape[2]
-        if end > self._data.shape[2]:
-            self._reallocate(max(end, 2 * self._data.shape[2]))
-        self._data[:, :, self.n : end] = new
+        if self._begin + end > self.capacity:
+            # what has forgotten its front moves there and stays at its size; what has not is growing
+            self._reallocate(end + max(64, end // 8) if self._begin else max(end, 2 * self.capacity))
+        self._data[:, :, self._begin + self.n : self._begin + end] = new
         self.n = end
 
     def view(self) -> torch.Tensor:
-        return self._data[:, :, : self.n]
+        return self._data[:, :, self._begin : self._begin + self.n]
 
     def keep(self, slots: torch.Tensor) -> None:
         """Keeps ``slots`` (batch, heads or 1, k) in that order and gives the memory of the others back."""
-        kept = take(self.view(), slots)
-        self.n = kept.shape[2]
-        if 2 * self.n < self._data.shape[2] or kept.shape[1] != self._data.shape[1]:
-            self._data = kept
+        count = slots.shape[2]
+        if 2 * count < self.capacity or slots.shape[1] > self._data.shape[1]:
+            self._data, self._begin = take(self.view(), slots), 0
         else:  # nearly the same size, as in every decode step at a fixed budget: stay in place
-            self._data[:, :, : self.n] = kept
+            kernels.compact(self.view(), slots)
+        self.n = count
 
     def drop_front(self, count: int) -> None:
-        """Forgets the first ``count`` entries of every row and head."""
-        rest = self.view()[:, :, count:].clone()
-        self._data, self.n = rest, rest.shape[2]
+        """Forgets the first ``count`` entries of every row and head; their memory is given back when it is a good part."""
+        self._begin, self.n = self._begin + count, self.n - count
+        if 2 * self._begin > self.capacity:
+            self._reallocate(self.n + max(64, self.n // 8))
 
     def shift(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies the entries at slots ``source`` (batch, heads, k) to slots ``target`` of the same row and head."""
@@ -70,11 +73,11 @@ class Buffer:
         picked = self.view().index_select(0, index.to(self._data.device))
         data = empty((picked.shape[0], *self._data.shape[1:]), picked.dtype, picked.device)
         data[:, :, : self.n] = picked
-        self._data = data
+        self._data, self._begin = data, 0
 
     def copy(self) -> Buffer:
         twin = object.__new__(Buffer)
-        twin.n, twin._data = self.n, self.view().clone()
+        twin.n, twin._begin, twin._data = self.n, 0, self.view().clone()
         return twin
 
     @property
@@ -84,7 +87,7 @@ class Buffer:
     def _reallocate(self, capacity: int) -> None:
         data = empty((*self._data.shape[:2], capacity, *self._data.shape[3:]), self._data.dtype, self._data.device)
         data[:, :, : self.n] = self.view()
-        self._data = data
+        self._data, self._begin = data, 0
 
 
 class RaggedBuffer:
@@ -128,17 +131,20 @@ class RaggedBuffer:
 
     def keep(self, slots: torch.Tensor) -> None:
         """Keeps ``slots`` (batch, heads, k), -1 in front where fewer, and gives the memory of the others back."""
-        entries, starts = pick(self.view(), slots), (slots < 0).sum(-1)
-        self.n, self.starts = slots.shape[2], starts
-        if len(self._data) > 2 * len(entries) or bool((self.n - starts > self._room).any()):
+        view, starts = self.view(), (slots < 0).sum(-1)
+        count = int((slots >= 0).sum())
+        if len(self._data) > 2 * count:
+            entries = pick(view, slots)
+            self.n, self.starts = slots.shape[2], starts
             self._move(entries, room=64)
         else:  # nearly the same size, as in every decode step at a fixed budget: stay in place
-            self._data[self._places()] = entries
+            self.n, self.starts = slots.shape[2], starts
+            kernels.compact(view, slots, self._first - starts)
 
     def drop_front(self, count: int) -> None:
-        """Forgets the first ``count`` slots of every row and head."""
-        slot = torch.arange(count, self.n, device=self._data.device)
-        self.keep(torch.where(slot >= self.starts[..., None], slot, -1))
+        """Forgets the first ``count`` slots of every row and head; their memory goes with the next move."""
+        self.front(self.starts.clamp(min=count))
+        self.n, self.starts = self.n - count, self.starts - count
 
     def shift(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies the entries at slots ``source`` (batch, heads, k) to slots ``target`` of the same row and head."""
@@ -500,9 +506,9 @@ class KVLayer(CacheLayerMixin):
         self._index = None
         self._blocks = {}
         lead = int((starts + counts).min())
-        if lead > max(64, self.n // 8):
-            slot = torch.arange(lead, self.n, device=counts.device)
-            self._keep(torch.where(slot >= (starts + counts)[..., None], slot, -1))
+        if lead:  # empty in all rows and heads
+            for buffer in self._buffers():
+                buffer.drop_front(lead)
 
     def pass_window(self, window: int) -> None:
         """Evicts all but the newest ``window`` entries of every row and head, which no later token can see."""

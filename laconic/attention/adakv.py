@@ -66,9 +66,8 @@ class AdaKV(EvictMethod):
     def watches(self) -> bool:
         return self.inner.watches
 
-    @property
-    def while_decoding(self) -> bool:  # type: ignore[override]
-        return self.inner.while_decoding
+    def evicts(self, call: Call) -> bool:
+        return super().evicts(call) and self.inner.evicts(call)
 
     def quota(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return self.inner.quota(layer, call)
@@ -80,7 +79,7 @@ class AdaKV(EvictMethod):
         return self.inner.score(layer, call)
 
     def keep(self, layer: KVLayer, call: Call) -> torch.Tensor | None:
-        if (call.decoding and not self.while_decoding) or self.covers(layer, call):
+        if self.covers(layer, call):
             return None
         quota = self.quota(layer, call)
         sinks, recent = self.inner.protected(quota)

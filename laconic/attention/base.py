@@ -101,12 +101,21 @@ class EvictMethod(AttentionMethod):
     """
 
     verbs: ClassVar[tuple[str, ...]] = ("evict",)
-    while_decoding: ClassVar[bool] = True  # whether it also evicts after single-token steps
     compensates: ClassVar[bool] = False  # whether one entry stands for those that it evicts
     reads_keys: ClassVar[bool] = True  # whether its score has to read all keys, for the bytes that are reported
 
     sinks: int = parameter(4, "first tokens that are always kept", least=0)
     recent: int = parameter(16, "newest tokens that are always kept", least=0)
+    once: bool = parameter(False, "cut prompts only; what is generated afterwards all stays", search=())
+
+    def drops_in_place(self, layer: KVLayer, call: Call) -> bool:
+        """Whether ``keep`` may shift a few entries itself: in a step, unless the mass of what goes is to be measured on slots."""
+        measured = layer.request.policy is not None and layer.request.policy.measure
+        return call.decoding and call.window is None and not measured
+
+    def evicts(self, call: Call) -> bool:
+        """Whether it has a say after this forward."""
+        return not (self.once and call.decoding)
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Worth of every entry of the layer, float ``(batch, kv_heads, n)``."""
@@ -126,7 +135,7 @@ class EvictMethod(AttentionMethod):
 
     def keep(self, layer: KVLayer, call: Call) -> torch.Tensor | None:
         """Slots that stay after this forward, or None to keep all."""
-        if (call.decoding and not self.while_decoding) or self.covers(layer, call):
+        if self.covers(layer, call):
             return None
         sinks, recent = self.protected(self.quota(layer, call))
         return self.choose(layer, call, self.score(layer, call), sinks=sinks, recent=recent)

@@ -81,7 +81,7 @@ class Policy:
         for method in self.evictors:  # all see the cache that this step attended to, then the first one evicts
             method.observe(layer, call)
         for method in self.evictors:
-            slots = method.keep(layer, call)
+            slots = method.keep(layer, call) if method.evicts(call) else None
             if method.reads_keys and (slots is not None or method.watches):
                 read += layer.keys.numel() * layer.keys.element_size()
             if slots is not None:

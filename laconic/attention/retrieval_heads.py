@@ -59,7 +59,7 @@ class RetrievalHeads(EvictMethod):
             return None
         first = starts + self.sinks
         self.forget(layer, first, counts)
-        if call.decoding:
+        if self.drops_in_place(layer, call):
             layer.forget_after(self.sinks, counts)
             return None
         slot = torch.arange(layer.n, device=first.device)

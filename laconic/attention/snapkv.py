@@ -21,17 +21,17 @@ from laconic.registry import register
 class SnapKV(EvictMethod):
     """Keeps what the last ``window`` tokens of the prompt attend to, smoothed over neighbours, and the window itself.
 
-    It cuts the prompt once; tokens that are generated afterwards all stay, as published. Whatever the window does not ask
+    Whatever the window does not ask
     for is gone, so a second question about the same text, or a chain of facts, suffers.
     """
 
     id: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV: LLM Knows What You are Looking for Before Generation (2024)"
     claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("tova"))
-    while_decoding: ClassVar[bool] = False
 
     sinks: int = parameter(0, "first tokens that are always kept", least=0)
     recent: int = parameter(0, "newest tokens that are always kept, on top of the window", least=0)
+    once: bool = parameter(True, "cut prompts only, as published; what is generated afterwards all stays", search=())
     window: int = parameter(32, "last tokens of the prompt whose attention is the score; always kept", least=1)
     kernel: int = parameter(7, "width of the average pooling over positions, odd; 1 switches it off", least=1)
 

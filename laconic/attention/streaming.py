@@ -11,6 +11,7 @@ from laconic.attention.base import Call, EvictMethod
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
+from laconic.primitives.select import check_room
 from laconic.registry import register
 
 
@@ -32,3 +33,16 @@ class Streaming(EvictMethod):
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return layer.positions.float()
+
+    def keep(self, layer: KVLayer, call: Call) -> torch.Tensor | None:
+        if not self.drops_in_place(layer, call):
+            return super().keep(layer, call)
+        if self.covers(layer, call):
+            return None
+        starts, quota = layer.starts(), self.quota(layer, call)
+        held = torch.full_like(quota, layer.n)[:, None] if starts is None else layer.n - starts
+        counts = (held - quota[:, None]).clamp(min=0).expand(-1, layer.heads)
+        if bool(counts.any()):
+            check_room(quota, held.amin(-1), self.sinks, torch.tensor(self.recent), self.id)
+            layer.forget_after(self.sinks, counts)  # a step moves the first tokens, not the newest
+        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -231,3 +233,39 @@ def test_heads_of_different_lengths(fast, shape, dtype):
         close([module.logits(query, ragged[0])], [reference.logits(query, keys)], dtype)
         got = module.logits(query, ragged[0], indices=chosen)
         close([got], [reference.logits(query, keys, indices=chosen)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.float64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gaps_close_in_place(dtype, shared, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    for dims in ((), (6,)):
+        whole = (torch.randn(2, 3, 40, *dims, generator=g) * 100).to(dtype)
+        slots = (torch.rand(2, 1 if shared else 3, 29, generator=g).argsort(-1)[..., :25]).sort(-1).values
+        slots[0, 0, :3] = -1
+        expected = whole.clone()
+        for b, h, j in itertools.product(range(2), range(3), range(25)):
+            slot = int(slots[b, 0 if shared else h, j])
+            if slot >= 0:
+                expected[b, h, j] = whole[b, h, slot]
+        for fake in (False, True):
+            moved = torch.cat([whole.clone(), whole], 2)[:, :, :40]  # a view with strides of its own
+            if fake:  # the path of other devices
+                monkeypatch.setattr(kernels, "_on_cpu", lambda entries: False)
+            kernels.compact(moved, slots)
+            monkeypatch.undo()
+            assert torch.equal(moved[:, :, :25], expected[:, :, :25])
+            if not dims:
+                continue
+            starts = torch.tensor([[3, 0, 7], [0, 39, 2]])
+            ragged = Ragged.of(whole, starts)
+            inside = torch.where(slots >= starts[..., None], slots, -1).expand(2, 3, -1)
+            inside = inside.sort(-1).values
+            fewer = (inside < 0).sum(-1)
+            if fake:
+                monkeypatch.setattr(kernels, "_on_cpu", lambda entries: False)
+            kernels.compact(ragged, inside, ragged.bases + starts - fewer)
+            monkeypatch.undo()
+            got = Ragged(ragged.data, ragged.bases + starts - fewer, fewer, 25).padded()
+            take = whole.gather(2, inside.clamp(min=0)[..., None].expand(-1, -1, -1, 6))
+            assert torch.equal(got, take.masked_fill((inside < 0)[..., None], 0))
