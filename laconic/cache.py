@@ -488,27 +488,32 @@ class KVLayer(CacheLayerMixin):
         """Evicts the ``counts`` (batch, kv_heads) entries that follow the first ``sinks`` of each row and head.
 
         The first ones move up to close the gap and nothing else moves, so that a step costs next to nothing at any length.
+        Where that would leave much memory unused, the rest is stored anew.
         """
         self._catch_up()
         starts = self.starts()
         starts = torch.zeros_like(counts) if starts is None else starts
-        if self._positions.view().shape[1] == 1 < self.heads:
-            self._positions = Buffer(self.positions)
-        source = starts[..., None] + torch.arange(sinks, device=counts.device)
-        empty = torch.arange(self.n, device=counts.device) < (starts + counts)[..., None]
-        for buffer in self._buffers():
-            buffer.shift(source, source + counts[..., None])
-            if isinstance(buffer, RaggedBuffer):
-                buffer.front(starts + counts)
-        self._positions.view().masked_fill_(empty, EMPTY)
-        self.padded = True
+        slot, first = torch.arange(self.n, device=counts.device), starts + counts
+        lead = int(first.min())  # empty in all rows and heads
+        unused = 0.0 if isinstance(self._keys, RaggedBuffer) else float(first.float().mean()) - lead
+        if max(int(counts.max()), unused) > max(64, SAVES * self.n):
+            gone = (slot >= starts[..., None] + sinks) & (slot < (first + sinks)[..., None])
+            self._keep(torch.where(gone | (slot < starts[..., None]), -1, slot).sort(dim=-1).values)
+        else:
+            if self._positions.view().shape[1] == 1 < self.heads:
+                self._positions = Buffer(self.positions)
+            source = starts[..., None] + torch.arange(sinks, device=counts.device)
+            for buffer in self._buffers():
+                buffer.shift(source, source + counts[..., None])
+                if isinstance(buffer, RaggedBuffer):
+                    buffer.front(first)
+            self._positions.view().masked_fill_(slot < first[..., None], EMPTY)
+            self.padded = True
+            for buffer in self._buffers() if lead else ():
+                buffer.drop_front(lead)
         self.slots.clear()
         self._index = None
         self._blocks = {}
-        lead = int((starts + counts).min())
-        if lead:  # empty in all rows and heads
-            for buffer in self._buffers():
-                buffer.drop_front(lead)
 
     def pass_window(self, window: int) -> None:
         """Evicts all but the newest ``window`` entries of every row and head, which no later token can see."""

@@ -141,6 +141,22 @@ def test_steps_move_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(held[1]) == 40 and held[1][:2] == [0, 1] and held[1][-1] == 299 and len(held[0]) == 300
 
 
+@pytest.mark.usefixtures("first_head_retrieves")
+def test_memory_is_given_back_also_where_steps_do_all_the_cutting() -> None:
+    """Nothing to cut in the prompt; or a cache that appears at once, as one taken over from transformers does."""
+    run = Run("duo_attention(sinks=2, recent=8):60%", random_qkv(700), 60)
+    for seen, _ in run:
+        held = int((run.layer.positions >= 0).sum()) * run.keys.shape[-1]
+        assert run.layer.keys.numel() - held <= 4 * 90 * run.keys.shape[-1], seen
+    assert isinstance(run.layer.keys, Ragged)
+    late = Run("duo_attention(sinks=2, recent=8):60%", random_qkv(400), 399)
+    late.layer.request.positions = torch.arange(399).expand(2, -1)
+    late.layer.update(late.keys[:, :, :399], late.values[:, :, :399])
+    late.piece(399, 400)
+    assert isinstance(late.layer.keys, Ragged) and late.layer.keys.numel() == 2 * 480 * 8
+    assert late.layer.positions[0, 1][late.layer.positions[0, 1] >= 0].tolist() == [0, 1, *range(322, 400)]
+
+
 def test_layers_without_retrieval_heads_do_not_grow() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval_heads, "find_profile", lambda *_: {"gates": [[0.5, 0.5]]})
