@@ -19,6 +19,7 @@ SUMMARIES = {
     "read_methods": "decode step of every method that reads a part, at 32,768, 131,072 and (bf16) 524,288 tokens",
     "decode_step": "whole decode step of a 4-layer slice of Llama-3.2-1B at 32,768 and 131,072 tokens",
     "decode_memory": "peak memory of generate above weights and KV at 32,768 tokens",
+    "cache_reduction": "memory of a cache of 131,072 tokens in which only retrieval heads keep everything, against dense",
     "column_sums": "attention received per key at 16,384 tokens, against eager attention maps",
     "import_time": "time of `import laconic` beyond `import torch`",
 }

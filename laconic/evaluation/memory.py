@@ -60,6 +60,15 @@ class PeakMemory:
         self.bytes = max(0, peak - self._start)
 
 
+def resident_bytes() -> int:
+    """What this process holds in memory, without freed heap pages."""
+    import psutil
+
+    gc.collect()
+    _trim_heap()
+    return psutil.Process().memory_info().rss
+
+
 class _Sampler(threading.Thread):
     """Reads the resident memory once a millisecond until ``finish``."""
 
