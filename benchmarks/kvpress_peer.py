@@ -48,10 +48,25 @@ def build(name: str, options: dict[str, Any], ratio: float) -> Any:
     """A press by class name; ``{"press": ...}`` among the options is built too, and then carries the ratio."""
     import kvpress
 
+    if "gates" in options:
+        return _fixed_heads(options)
     if "press" in options:
         inner = options["press"]
         return getattr(kvpress, name)(press=build(inner["name"], inner["options"], ratio))
     return getattr(kvpress, name)(compression_ratio=ratio, **options)
+
+
+def _fixed_heads(options: dict[str, Any]) -> Any:
+    """DuoAttention with given gates, the best ``heads`` of which keep everything: kvpress has patterns of a few models only."""
+    import kvpress
+
+    class Fixed(kvpress.DuoAttentionPress):
+        def post_init_from_model(self, model: Any) -> None:
+            gates = torch.tensor(options["gates"])
+            self.sink_size, self.recent_size = options["sink_size"], options["recent_size"]
+            self.streaming_mask = gates < gates.flatten().topk(options["heads"]).values[-1]
+
+    return Fixed()
 
 
 def scorer(press: Any) -> Any:
@@ -67,13 +82,14 @@ def run_row(model: Any, row: dict[str, Any], examples: list[list[int]], new_toke
         press = build(row["press"], row["options"], row["ratio"])
         scores: dict[int, torch.Tensor] = {}
         inner = scorer(press)
-        original = inner.score
+        original = getattr(inner, "score", None)
 
         def record(module: Any, *args: Any, original: Any = original, scores: Any = scores) -> torch.Tensor:
             scores[module.layer_idx] = found = original(module, *args)
             return found
 
-        object.__setattr__(inner, "score", record)
+        if original is not None:
+            object.__setattr__(inner, "score", record)
         cache = DynamicCache()
         prompt = torch.tensor([ids])
 
@@ -91,7 +107,7 @@ def run_row(model: Any, row: dict[str, Any], examples: list[list[int]], new_toke
             masked = getattr(layer.self_attn, "masked_key_indices", None)
             if masked is not None:  # heads of different lengths are not shortened, only masked
                 gone = {(int(h), int(s)) for h, s in zip(masked[1], masked[2], strict=True)}
-                heads = scores[i].shape[1]
+                heads = cache.layers[i].keys.shape[1]
                 kept.append([[s for s in range(len(ids)) if (h, s) not in gone] for h in range(heads)])
                 layer.self_attn.masked_key_indices = None
             else:

@@ -6,14 +6,15 @@ kvpress needs an older transformers, and so an environment of its own:
     python benchmarks/kvpress_side_by_side.py --peer peer/bin/python --json side-by-side.json
 
 Prints a table: kept sets in common (intersection over union), right answers, prefill, decode per token and peak memory of both.
-What differs by design: ours holds the budget while decoding, kvpress shortens once after the prompt; ours keeps ties at the
-lowest position; kvpress' AdaKV masks what it drops, ours leaves it out.
+Both cut the prompt once (ours can also hold the budget while decoding). What differs by design: ours keeps ties at the lowest
+position; where heads keep different numbers of tokens, kvpress masks what it drops (AdaKV, DuoAttention), ours leaves it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -25,15 +26,17 @@ import torch
 from kvpress_peer import timed_run
 
 SNAP = {"window_size": 64, "kernel_size": 5}
+ENDS = {"sink_size": 4, "recent_size": 64}
 PAIRS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # our recipe, the press, its options
     ("snapkv(window=64,kernel=5)", "SnapKVPress", SNAP),
-    ("knorm(sinks=0,recent=0)", "KnormPress", {}),
-    ("tova", "TOVAPress", {}),
-    ("keydiff(sinks=0,recent=0)", "KeyDiffPress", {}),
-    ("expected_attention", "ExpectedAttentionPress", {}),
+    ("knorm(sinks=0,recent=0,once=true)", "KnormPress", {}),
+    ("tova(once=true)", "TOVAPress", {}),
+    ("keydiff(sinks=0,recent=0,once=true)", "KeyDiffPress", {}),
+    ("expected_attention(once=true)", "ExpectedAttentionPress", {}),
     ("pyramidkv(window=64,kernel=5)", "PyramidKVPress", SNAP),
     ("adakv(snapkv(window=64,kernel=5))", "AdaKVPress", {"press": {"name": "SnapKVPress", "options": SNAP}}),
-    ("streaming", "StreamingLLMPress", {}),
+    ("streaming(once=true)", "StreamingLLMPress", {}),
+    ("duo_attention(recent=64,once=true)", "DuoAttentionPress", {**ENDS, "heads": 2}),  # the two heads that retrieve
 )
 
 
@@ -91,12 +94,15 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model, tokenizer = laconic.load("needle")
+    zoo = Path(laconic.models.__file__).parent / "zoo" / "needle"
     task = load_task("needle", tokenizer, lengths=[arguments.length], samples=arguments.samples)
     examples = [tokenizer(example.prompt)["input_ids"] for example in task.examples]
     answers = [example.answer for example in task.examples]
+    gates = json.loads((zoo / "profiles" / "duo_attention.json").read_text())["tables"]["gates"]
     rows = [{"press": press, "options": options, "ratio": 1 - arguments.kept} for _, press, options in PAIRS]
+    rows[-1]["options"] |= {"gates": gates}
     job = {
-        "model": str(Path(laconic.models.__file__).parent / "zoo" / "needle"), "examples": examples, "rows": rows,
+        "model": str(zoo), "examples": examples, "rows": rows,
         "new_tokens": arguments.new_tokens, "threads": torch.get_num_threads(),
     }  # fmt: skip
     peer = subprocess.run(
@@ -110,7 +116,7 @@ def main() -> None:
     table = []
     ours(model, "dense", examples[:1], arguments.new_tokens)  # compiles
     for (recipe, press, _), row in zip(PAIRS, theirs, strict=True):
-        count = round(statistics.mean(len(h) for r in row["examples"] for layer in r["kept"] for h in layer))
+        count = math.ceil(statistics.mean(len(h) for r in row["examples"] for layer in r["kept"] for h in layer) - 1e-9)
         ours(model, f"{recipe}:{count}", examples[:1], arguments.new_tokens)
         mine = ours(model, f"{recipe}:{count}", examples, arguments.new_tokens)
         table.append({

@@ -119,7 +119,7 @@ def _attend(
         part, pair = divmod(np.int64(job), pairs)  # the first parts of all heads first: a thread gets some of each long head
         b, h = divmod(pair, kv_heads)
         held = n - starts[b, h]
-        parts = max(1, (held + share - 1) // share)
+        parts = max(1, held // share)
         length = (held + parts - 1) // parts
         begin = starts[b, h] + part * length
         end = min(n, begin + length)
@@ -128,14 +128,27 @@ def _attend(
             query[b, h], keys, values, (key_bases[b, h], strides[0]), (value_bases[b, h], strides[1]), chosen, begin, end,
             scale, softcap, output[b, h, part], state[b, h, part],
         )  # fmt: skip
+        if splits == 1:
+            _finish(output[b, h, 0], state[b, h, 0])
+
+
+@jit()
+def _finish(output, state):
+    """What ``parts.combine`` does, for a single part: output is normalised, and state[:, 0] becomes the lse."""
+    for g in range(output.shape[0]):
+        total = state[g, 1]
+        share = np.float32(1.0) / total if total > 0 else np.float32(0.0)
+        state[g, 0] = state[g, 0] + np.float32(np.log(total)) if total > 0 else NEGATIVE
+        for i in range(output.shape[1]):
+            output[g, i] *= share
 
 
 def _run(query, keys, values, index, starts, n, scale, softcap):
     groups = grouped(query, keys.shape[1])
     entries = int((n - starts).clip(0).sum())
     threads = use_threads(entries * (keys.shape[-1] + values.shape[-1]) * keys.element_size())
-    share = max(SPLIT, -(-entries // (4 * threads)))
-    splits = max(1, -(-(n - int(starts.min())) // share))
+    share = max(SPLIT, -(-entries // (4 * threads)) if threads > 1 else entries)
+    splits = max(1, (n - int(starts.min())) // share)
     flat_keys, key_bases, key_stride = flat(keys)
     flat_values, value_bases, value_stride = flat(values)
     output = np.empty((*groups.shape[:2], splits, groups.shape[2], values.shape[-1]), np.float32)
@@ -144,7 +157,11 @@ def _run(query, keys, values, index, starts, n, scale, softcap):
         groups, flat_keys, flat_values, key_bases, value_bases, (key_stride, value_stride), index, starts, n, share, splits,
         np.float32(scale), np.float32(softcap or 0.0), output, state,
     )  # fmt: skip
-    return combine(torch.from_numpy(output), torch.from_numpy(state), query)
+    if splits > 1:
+        return combine(torch.from_numpy(output), torch.from_numpy(state), query)
+    group = query.shape[1] // keys.shape[1]
+    whole = torch.from_numpy(output)[:, :, 0, :group].reshape(*query.shape[:2], -1)
+    return whole.to(query.dtype), torch.from_numpy(state)[:, :, 0, :group, 0].reshape(query.shape[:2])
 
 
 def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
