@@ -145,10 +145,11 @@ def _finish(output, state):
 
 def _run(query, keys, values, index, starts, n, scale, softcap):
     groups = grouped(query, keys.shape[1])
-    entries = int((n - starts).clip(0).sum())
+    first = int(starts.min())
+    entries = starts.size * n if first == int(starts.max()) == 0 else int((n - starts).clip(0).sum())
     threads = use_threads(entries * (keys.shape[-1] + values.shape[-1]) * keys.element_size())
     share = max(SPLIT, -(-entries // (4 * threads)) if threads > 1 else entries)
-    splits = max(1, (n - int(starts.min())) // share)
+    splits = max(1, (n - first) // share)
     flat_keys, key_bases, key_stride = flat(keys)
     flat_values, value_bases, value_stride = flat(values)
     output = np.empty((*groups.shape[:2], splits, groups.shape[2], values.shape[-1]), np.float32)

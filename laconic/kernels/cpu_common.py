@@ -6,6 +6,7 @@ read where they lie.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable
@@ -148,8 +149,14 @@ def flat(tensor: torch.Tensor | Ragged) -> tuple[np.ndarray, np.ndarray, int]:
     tensor = _numbers(tensor.detach())
     (batch, heads), (row, head, entry) = tensor.shape[:2], tensor.stride()[:3]
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    bases = np.arange(batch, dtype=np.int64)[:, None] * row + np.arange(heads, dtype=np.int64) * head
+    rows, columns = _numbered(batch, heads)
+    bases = rows * row + columns * head
     return tensor.as_strided((span if tensor.numel() else 0,), (1,)).numpy(), bases, entry
+
+
+@functools.lru_cache(maxsize=64)
+def _numbered(batch: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(batch, dtype=np.int64)[:, None], np.arange(heads, dtype=np.int64)
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
