@@ -102,6 +102,10 @@ def vote(
             from laconic.kernels import cpu_index
 
             return cpu_index.vote(query, index, scale=scale, starts=starts, stop=stop, over=over, softcap=softcap)
+        if query.device.type == "cuda":
+            from laconic.kernels import gpu
+
+            return gpu.index_vote(query, index, scale=scale, starts=starts, stop=stop, over=over, softcap=softcap)
         keys = index.keys().to(query.dtype)
     module = _implementation(query, keys)
     return module.vote(query, keys, scale=scale, starts=starts, stop=stop, over=over, softcap=softcap)

@@ -38,6 +38,21 @@ def test_vote_on_bytes(keys, over, heads):
     torch.testing.assert_close(kernels.vote(query, keys, index=index, **options), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("over", ["layer", "group"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_vote_on_bytes_on_the_gpu(keys, over, softcap):
+    pytest.importorskip("triton", reason="the GPU kernels need triton")
+    from laconic.kernels import gpu
+
+    index = KeyIndex(keys[:, :, :1095])
+    index.append(keys[:, :, 1095:])
+    query = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
+    for starts, stop in ((None, None), (torch.tensor([[0, 3], [50, 1030]]), 1090)):
+        options = {"scale": 0.5, "starts": starts, "stop": stop, "over": over, "softcap": softcap}
+        expected = reference.vote(query, index.keys(), **options)
+        torch.testing.assert_close(gpu.index_vote(query, index, **options), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_plain_loop_equals_the_instruction(keys, monkeypatch):
     query = torch.randn(2, 4, 24)
     index = KeyIndex(keys)
