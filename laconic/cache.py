@@ -199,6 +199,8 @@ def take(tensor: torch.Tensor | Ragged, slots: torch.Tensor) -> torch.Tensor:
     heads = max(tensor.shape[1], slots.shape[1])
     if isinstance(tensor, Ragged):
         return tensor.rows(slots.expand(-1, heads, -1))
+    if slots.shape[:2] == (1, 1) and tensor.shape[0] == 1:  # the same for all: whole entries are copied
+        return tensor.index_select(2, slots[0, 0].clamp(min=0))
     index = slots.clamp(min=0).expand(-1, heads, -1)
     tensor = tensor.expand(-1, heads, *tensor.shape[2:])
     if tensor.dim() > 3:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def test_every_parameter_survives_text_and_file(name: str, tmp_path: Path) -> No
             except LaconicError:
                 continue  # a value that does not fit the other defaults
     if cls.takes_budget:
-        budgets = ["7", "33.3%", "0.00001%", *([] if name == "pyramidkv" else ["pyramid:10%", "pyramid:100%"])]
-        tried += [laconic.get(name, budget=b) for b in budgets]
+        tried += [laconic.get(name, budget=b) for b in ("7", "33.3%", "0.00001%")]
+        with suppress(LaconicError):  # some spread it over layers or heads themselves
+            tried += [laconic.get(name, budget=b) for b in ("pyramid:10%", "pyramid:100%")]
         tried.append(laconic.get(name, budget=Budget(share=1 / 3)))
     for method in tried:
         recipe = Recipe((method,))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from laconic.cache import EMPTY
+from laconic.cache import EMPTY, take
 
 ROWS = 256  # rows per block where a mask is needed: the mask has ROWS x n entries, never n x n
 
@@ -81,25 +81,25 @@ def sparse_prefill_attention(
     kv_heads, n = keys.shape[1:3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
     output = query.new_zeros(batch, kv_heads, heads // kv_heads, rows, values.shape[-1])
-    positions = positions.expand(-1, kv_heads, -1)
     chosen, pairs = torch.zeros(batch, kv_heads, device=keys.device), torch.zeros(batch, kv_heads, device=keys.device)
     for begin, end, slots in blocks:
-        slots = slots.expand(-1, kv_heads, -1)
-        at = torch.where(slots < 0, EMPTY, positions.gather(2, slots.clamp(min=0)))[:, :, None]  # (batch, kv_heads, 1, k)
         own = positions[:, :, n - rows + begin : n - rows + end, None]
-        visible = (at >= 0) & (at <= own)
         first = (own - window + 1).clamp(min=0) if window is not None else torch.zeros_like(own)
-        visible = visible & (at >= first)
-        part = [t.gather(2, slots.clamp(min=0)[..., None].expand(-1, -1, -1, t.shape[-1])) for t in (keys, values)]
-        output[..., begin:end, :] = _masked(grouped[..., begin:end, :], *part, visible[:, :, None], scale, softcap)
+        at = take(positions, slots).masked_fill(slots < 0, EMPTY)[:, :, None]  # (batch, 1 or kv_heads, 1, k)
+        visible = (at <= own) & (at >= first)
         chosen += visible.sum((-1, -2))
         pairs += _visible_entries(positions, own[..., 0], first[..., 0])
+        if batch > 1:
+            visible = visible.expand(-1, kv_heads, -1, -1)
+        part = (grouped[..., begin:end, :], take(keys, slots), take(values, slots), visible[:, :, None])
+        flat = (t.flatten(0, 1) for t in part)  # as the fused kernel wants it
+        output[..., begin:end, :] = _masked(*flat, scale, softcap).unflatten(0, (batch, kv_heads))
     return output.view(batch, heads, rows, -1), float((chosen / pairs.clamp(min=1)).mean())
 
 
 def _visible_entries(positions: torch.Tensor, own: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """How many of ``positions`` (batch, kv_heads, n), ascending, lie from ``first`` to ``own`` (batch, kv_heads, rows), summed
-    over the rows: ``(batch, kv_heads)``."""
+    """How many of ``positions`` (batch, heads, n), ascending, lie from ``first`` to ``own`` (batch, heads, rows), summed over the
+    rows: ``(batch, heads)``."""
     last = torch.searchsorted(positions.contiguous(), own.contiguous(), right=True)
     low = torch.searchsorted(positions.contiguous(), first.contiguous())
     return ((last - low) * (own >= 0)).sum(-1)

@@ -198,7 +198,7 @@ def test_protected_tokens_always_stay(name: str, reads: list[torch.Tensor]) -> N
 
 @pytest.mark.parametrize("name", METHODS)
 def test_positions_are_shaped_and_ascend(name: str) -> None:
-    recipe = name if name == "dense" else f"{name}:{BUDGET}"
+    recipe = f"{name}:{BUDGET}" if name in CHOOSING else name
     with laconic.apply(shared(), recipe):
         out = generate(shared(), prompt(3, LENGTH, pads=PADS), STEPS, return_dict_in_generate=True)
     for layer in out.past_key_values.layers:
