@@ -42,7 +42,7 @@ class DHSA(PrefillMethod):
     needs: ClassVar[str] = "training"
     claims: ClassVar[tuple[Claim, ...]] = (
         Claim("dense", by=-0.05, budget="25%"), Claim("dense", "pairs", by=2, budget="25%"),
-        Claim("dhsa(borders=fixed)", "kl", budget="25%"),
+        Claim("dhsa(borders=fixed):25%", "kl", budget="25%"),
     )  # fmt: skip
 
     block: int = parameter(64, "queries that share what they read", least=1)
