@@ -74,10 +74,10 @@ class TokenSparseAttention(PrefillMethod):
     def sparse(self, layer: KVLayer) -> bool:
         """Whether this layer leaves tokens out."""
         if self.layers != "drift":
-            return self.layers == "all" or layer.index >= layer.layers // 2
+            return self.layers == "all" or layer.index >= (layer.layers + 1) // 2
         policy = layer.request.policy
         drift = find_profile(self.id, self.profile, policy.model if policy is not None else None)["drift"]
-        return layer.index in sorted(range(len(drift)), key=drift.__getitem__)[: (len(drift) + 1) // 2]
+        return layer.index in sorted(range(len(drift)), key=drift.__getitem__)[: len(drift) // 2]
 
     def choose_tokens(self, layer: KVLayer, call: Call, row: int, pad: int) -> torch.Tensor | None:
         """The tokens that each head of a row keeps, counted from its first, ascending: int64 (heads, k); None for all of them."""
