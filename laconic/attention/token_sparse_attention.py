@@ -18,6 +18,7 @@ from laconic.primitives.reduce import pool
 from laconic.profiles import find_profile, need_file
 from laconic.registry import register
 
+TOGETHER = 4  # heads: with one at a time, threads would share its rows, and the last rows have the most to do
 LAYERS = ("upper", "drift", "all")
 
 
@@ -127,10 +128,12 @@ def attend_among(
         query: ``(heads, n, dim)``; keys, values: ``(kv_heads, n, dim)``.
 
     Returns:
-        ``(heads, n, dim)``. One head's tokens are gathered at a time.
+        ``(heads, n, dim)``. The tokens of a few heads are gathered at a time.
     """
     output, group = query.new_zeros(*query.shape[:2], values.shape[-1]), query.shape[0] // keys.shape[0]
-    for head, mine in enumerate(tokens):
-        part = (t[mine][None, None] for t in (query[head], keys[head // group], values[head // group]))
-        output[head, mine] = sdpa(*part, is_causal=True, scale=scale)[0, 0]
+    heads = torch.arange(query.shape[0], device=query.device)[:, None]
+    for some in heads.split(TOGETHER):
+        mine = tokens[some[:, 0]]
+        part = (query[some, mine], keys[some // group, mine], values[some // group, mine])
+        output[some, mine] = sdpa(*(t[None] for t in part), is_causal=True, scale=scale)[0]
     return output

@@ -9,6 +9,7 @@ from laconic.bench.child import run_child
 from laconic.bench.llama_slice import build_slice, cache_bytes, fill, stock_cache, weight_bytes
 from laconic.bench.steps import OurStep, Shape, StockStep
 from laconic.bench.suite.column_sums import eager_column_sums
+from laconic.bench.suite.prefill_methods import extrapolate
 from laconic.bench.suite.tokenselect_decode import attention_mass
 from laconic.errors import LaconicError
 
@@ -85,3 +86,8 @@ def test_child_process_finds_this_laconic_and_reports_its_error() -> None:
     assert run_child("-c", "import laconic; print(laconic.__file__)").strip() == laconic.__file__
     with pytest.raises(LaconicError, match="ValueError: broken"):
         run_child("-c", "raise ValueError('broken')")
+
+
+def test_two_lengths_tell_a_parabola() -> None:
+    tables = [{"shape": {"tokens": n}, "ms": {"a": 3 * n + 0.5 * n * n, "b": 7.0 * n}} for n in (100, 300)]
+    assert extrapolate(tables, 1000) == pytest.approx({"a": 3000 + 500_000, "b": 7000})
