@@ -17,7 +17,7 @@ class Claim:
 
     Attributes:
         rival: a method id, which gets the same budget, or a recipe with its own, or ``dense``.
-        figure: a column of a comparison: quality, fidelity, kl, bytes_read, bytes_kept, dropped_mass, ...
+        figure: a column of a comparison: quality, fidelity, kl, bytes_read, bytes_kept, dropped_mass, pairs, ...
         by: how much better at least: a difference for quality and fidelity, a factor for the others.
         budget, task, lengths, samples, question: as in ``laconic.compare``.
     """

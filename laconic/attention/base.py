@@ -1,4 +1,5 @@
-"""The verbs of attention methods: evict (forget for good), read (attend to a part, forget nothing), reweight."""
+"""The verbs of attention methods: evict (forget for good), read (attend to a part, forget nothing), prefill (compute a part of
+a prompt's attention), reweight."""
 
 from __future__ import annotations
 

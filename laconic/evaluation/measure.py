@@ -56,6 +56,7 @@ class Trace:
     forced: list[int]
     own: list[int]  # the method's own greedy tokens
     prefill_s: float
+    pairs: float | None = None  # share of the prefill's pairs of query and key that was computed
     steps_s: list[float] = field(default_factory=list)
     stats: list[dict[str, Any]] = field(default_factory=list)  # the cache's figures, per forced step
     masses: list[float | None] = field(default_factory=list)  # attention mass not read or evicted, per forced step
@@ -114,8 +115,8 @@ class Runner:
         Where the method's own greedy choice leaves the forced tokens, its own text goes on from a fork of the cache. A
         ``lean`` run makes no copy of the cache and keeps no distributions, which are no memory of the method.
         """
-        logits, cache, steps, prefill_s = self._prompt(item)
-        trace = Trace([], [], [], prefill_s, steps)
+        logits, cache, steps, prefill_s, pairs = self._prompt(item, handle)
+        trace = Trace([], [], [], prefill_s, pairs, steps)
         branch, pick = None, self._picker(item)
         cut = (handle.stats()["dropped_mass"] or 0.0) if handle is not None else 0.0  # what evicting the prompt took
         while True:
@@ -157,15 +158,16 @@ class Runner:
 
         return draw
 
-    def _prompt(self, item: Item) -> tuple[torch.Tensor, Any, list[float], float]:
-        """The prompt: logits after it, the cache, seconds per decode step in it, seconds of the prefill."""
-        logits, cache, steps, prefill_s = None, None, [], 0.0
+    def _prompt(self, item: Item, handle: Any) -> tuple[torch.Tensor, Any, list[float], float, float | None]:
+        """The prompt: logits after it, the cache, seconds per decode step in it, seconds and share of pairs of the prefill."""
+        logits, cache, steps, prefill_s, pairs = None, None, [], 0.0, None
         if item.prefill:
             logits, cache, prefill_s = self.forward(item.ids[: item.prefill], None)
+            pairs = handle.stats()["pairs"] if handle is not None else None
         for token in item.ids[item.prefill :]:
             logits, cache, seconds = self.forward([token], cache)
             steps.append(seconds)
-        return logits, cache, steps, prefill_s
+        return logits, cache, steps, prefill_s, pairs
 
     def _continue(self, own: list[int], cache: Any, limit: int) -> None:
         """Adds the method's own greedy text; ``own`` ends with a token that is not fed yet."""
@@ -341,6 +343,7 @@ def summarise(items: Sequence[Item], traces: Sequence[Trace], cells: list[dict],
         "kept": _mean(kept),
         "kept_share": _mean([None if k is None else k / n for k, n in zip(kept, seen, strict=True)]),
         **{key: _mean([step[key] for t in traces for step in t.stats]) for key in ("bytes_kept", "bytes_read")},
+        "pairs": _mean([trace.pairs for trace in traces]),
         "prefill_s": _mean([trace.prefill_s for trace in traces]),
         "decode_s": _mean(steps),
         "examples": len(items),

@@ -19,7 +19,7 @@ from laconic.evaluation.blocks import curves
 from laconic.evaluation.heatmap import heat_maps
 from laconic.evaluation.quality import share_kept
 from laconic.evaluation.results import HEADER, RESULTS, read_rows, write_atomic
-from laconic.evaluation.table import figure, ratio, seconds, size
+from laconic.evaluation.table import figure, ratio, seconds, shortens, size
 
 Row = dict[str, Any]
 
@@ -68,6 +68,7 @@ COLUMNS: tuple[Column, ...] = (
     ("kept_share", "kept", "tokens attended to, share of all seen", percent, False),
     ("bytes_kept", "cache", "bytes of keys and values that stay in memory", size, True),
     ("bytes_read", "read/step", "bytes read per decode step", size, True),
+    ("pairs", "pairs", "share of the prompt's pairs of query and key that was computed, mean over layers", percent, False),
     ("prefill_s", "prefill", "seconds per prompt", seconds, True),
     ("decode_s", "decode/token", "seconds per decoded token", seconds, True),
     ("peak_bytes", "peak memory", "highest memory use above the weights, longest example", size, True),
@@ -141,6 +142,8 @@ def _view(rows: list[Row], run: dict[str, Any], problems: Sequence[str]) -> dict
     metric = next((row["quality_name"] for row in rows if row.get("quality_name")), None)
     title = METRICS.get(metric or "", metric)
     columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    if not shortens(rows):
+        columns = [column for column in columns if column[0] != "pairs"]
     if title:
         columns.insert(0, ("quality", title.split(" (")[0], title, figure, True))
     styles = _styles([row["method"] for row in rows])

@@ -49,10 +49,16 @@ def ratio(value: float | None, dense: float | None) -> str:
     return f"×{quotient:.0f}" if quotient >= 99.5 else f"×{quotient:.1f}" if quotient >= 9.95 else f"×{quotient:.2f}"
 
 
+def shortens(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether any row computed less than all pairs of query and key of its prompts."""
+    return any((row.get("pairs") or 1) < 1 for row in rows)
+
+
 Column = tuple[str, str, Callable[[float | None], str]]
 COLUMNS: tuple[Column, ...] = (
     ("kept", "bytes_kept", size),
     ("read/step", "bytes_read", size),
+    ("pairs", "pairs", figure),
     ("prefill", "prefill_s", seconds),
     ("decode/token", "decode_s", seconds),
     ("peak memory", "peak_bytes", size),
@@ -83,6 +89,8 @@ def build_table(rows: list[dict[str, Any]], run: dict[str, Any], *, ratios: bool
     widest = max(len(row["method"]) for row in rows)
     table.add_column("method", overflow="fold", min_width=min(18 if ratios else 10, widest))
     columns = [column for column in COLUMNS if floor is None or column[1] not in ("prefill_s", "peak_bytes")]
+    if not shortens(rows):
+        columns = [column for column in columns if column[1] != "pairs"]
     costs = [name if ratios else re.split("[/ ]", name)[0] for name, _, _ in columns]
     curve = [] if floor is None else [" along", " held"]
     for name in ("budget", *([quality] if quality else []), "fidelity", *curve, "KL", *costs):
@@ -115,4 +123,4 @@ def _cells(
     if quality:
         cells.append(beside(figure(row["quality"]), "quality"))
     cells += [figure(row["fidelity"]), *([] if floor is None else _curve(row, floor)), figure(row["kl"])]
-    return cells + [beside(show(row[key]), key) for _, key, show in columns]
+    return cells + [show(row.get(key)) if key == "pairs" else beside(show(row[key]), key) for _, key, show in columns]

@@ -26,7 +26,7 @@ PROMPTS = [
 ]
 FIELDS = {
     "run", "method", "recipe", "budget", "task", "quality", "quality_name", "fidelity", "kl", "kept", "kept_share",
-    "bytes_kept", "bytes_read", "prefill_s", "decode_s", "peak_bytes", "peak_source", "dropped_mass", "examples",
+    "bytes_kept", "bytes_read", "pairs", "prefill_s", "decode_s", "peak_bytes", "peak_source", "dropped_mass", "examples",
     "guarantee", "cells", "blocks",
 }  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_every_cell_has_every_figure(tiny, task: str, tmp_path: Path) -> None:
         assert 0 <= row["fidelity"] <= 1 and row["kl"] >= 0 and row["prefill_s"] > 0 and row["decode_s"] > 0
         assert row["bytes_kept"] > 0 and row["bytes_read"] > 0 and row["kept"] > 0 and row["peak_bytes"] >= 0
     dense, small = report.rows[0], report.rows[1]
-    assert dense["fidelity"] == 1 and dense["kl"] == pytest.approx(0, abs=1e-6) and dense["kept_share"] == 1
+    assert dense["fidelity"] == 1 and dense["kl"] == pytest.approx(0, abs=1e-6) and dense["kept_share"] == dense["pairs"] == 1
     assert small["kept"] <= 24 and small["bytes_kept"] < dense["bytes_kept"] and small["kl"] > 0
     header = json.loads((tmp_path / "report" / "run.json").read_text())
     assert header["fingerprint"] == dense["run"] and header["finished"] and header["command"].startswith("laconic.comp")

@@ -72,6 +72,15 @@ def test_a_task_without_answers_has_no_quality_column() -> None:
     assert "contains" not in text and "fidelity" in text
 
 
+@pytest.mark.parametrize(("ratios", "width"), [(True, 120), (False, 80)])
+def test_pairs_have_a_column_where_a_prompt_was_shortened(ratios: bool, width: int) -> None:
+    rows = [row("dense", "100%", pairs=1.0), row("token_sparse_attention", "25%", pairs=0.377)]
+    lines = shown(rows, ratios=ratios, width=width)
+    text = "\n".join(lines)
+    assert "pairs" in lines[1] and "0.38" in text and "…" not in text
+    assert "pairs" not in "\n".join(shown([rows[0], row("h2o", "5%", pairs=1.0)], ratios=ratios, width=width))
+
+
 def test_long_names_are_folded_not_cut_and_brackets_are_no_markup() -> None:
     name = "tokenselect(refresh=0.5,int8=True,per_head=True)[red]"
     lines = shown([row("dense", "100%"), row(name, "5%")], ratios=True, width=120)
