@@ -408,7 +408,7 @@ class KVLayer(CacheLayerMixin):
     def entries(self) -> float:
         """Tokens held per row and KV head, mean; empty slots do not count."""
         starts = self.starts()
-        return float(self.n) if starts is None else self.n - float(starts.float().mean())
+        return float(self.n) if starts is None else self.n - int(starts.sum()) / starts.numel()
 
     @property
     def keys(self) -> torch.Tensor | Ragged | None:

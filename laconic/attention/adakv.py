@@ -9,31 +9,37 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import AttentionMethod, Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReadMethod
+from laconic.attention.search import search
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.errors import LaconicError, quote
 from laconic.method import parameter
 from laconic.primitives.select import keep_top_of_all_heads
 from laconic.registry import register
+from laconic.selection import Selection
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(EvictMethod):
-    """Gives the KV heads of a layer unequal budgets: the best entries of all heads together stay, by another method's scores.
+    """Gives the KV heads of a layer unequal budgets: the best entries of all heads together, by another method's scores.
 
-    Heads that spread their attention get more than those that look at few tokens; each keeps at least ``floor`` of its even
-    share. The total is that of the budget. The other method is named first, ``adakv(snapkv(window=64)):10%``, and decides what
-    is protected and when. Scores should mean the same in every head, as probabilities do. Each head is stored in its own
-    length.
+    Heads that spread their attention get more than those that look at few tokens; each gets at least ``floor`` of its even
+    share. The total is that of the budget. The other method is named first and decides what is protected and when:
+    ``adakv(snapkv(window=64)):10%`` evicts, and each head is stored in its own length; ``adakv(hisa):10%`` reads, and each head
+    reads its own number of tokens (of a method that searches by scores: quest, hisa, fasa, tokenselect, coarse_to_fine). Scores
+    should mean the same in every head, as probabilities do.
     """
 
     id: ClassVar[str] = "adakv"
     paper: ClassVar[str] = "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation (2024)"
     claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("snapkv"), Claim("snapkv", "kl"))
 
-    of: str = parameter("snapkv", "the evicting method whose scores are shared, with its parameters")
+    verbs: ClassVar[tuple[str, ...]] = ("evict", "read")
+    reads_chunks: ClassVar[bool] = False
+
+    of: str = parameter("snapkv", "the method whose scores are shared, with its parameters")
     floor: float = parameter(0.2, "share of the even budget that every head keeps in any case", least=0)
     sinks: int = parameter(0, "first tokens that are always kept, besides those that the other method protects", least=0)
     recent: int = parameter(0, "newest tokens that are always kept, besides those that the other method protects", least=0)
@@ -42,10 +48,11 @@ class AdaKV(EvictMethod):
         self.require(self.floor <= 1, "floor is a share: give a number up to 1.")
         inner = self.inner
         scores = isinstance(inner, EvictMethod) and type(inner).score is not EvictMethod.score
+        scores = scores or (isinstance(inner, ReadMethod) and bool(inner.chain))
         self.require(scores and not isinstance(inner, AdaKV), f"{inner.id} has no scores of entries to share the budget by.")
 
     @functools.cached_property
-    def inner(self) -> EvictMethod:
+    def inner(self) -> EvictMethod | ReadMethod:
         """The method whose scores are used, at this budget."""
         from laconic.recipe import Recipe
 
@@ -56,7 +63,15 @@ class AdaKV(EvictMethod):
         self.require(
             len(methods) == 1 and methods[0].budget.is_full, "of names one method, without a budget: adakv(snapkv):10%."
         )
-        return dataclasses.replace(methods[0], budget=self.budget) if isinstance(methods[0], EvictMethod) else methods[0]
+        inner = methods[0]
+        if isinstance(inner, ReadMethod):
+            ends = {"sinks": max(inner.sinks, self.sinks), "recent": max(inner.recent, self.recent)}
+            return dataclasses.replace(inner, budget=self.budget, **ends)
+        return dataclasses.replace(inner, budget=self.budget) if isinstance(inner, EvictMethod) else inner
+
+    @property
+    def reads(self) -> bool:
+        return self.inner.reads
 
     @property
     def reads_keys(self) -> bool:  # type: ignore[override]
@@ -72,8 +87,12 @@ class AdaKV(EvictMethod):
     def quota(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return self.inner.quota(layer, call)
 
-    def observe(self, layer: KVLayer, call: Call) -> None:
-        self.inner.observe(layer, call)
+    def observe(self, layer: KVLayer, call: Call) -> int | None:
+        return self.inner.observe(layer, call)
+
+    def select(self, layer: KVLayer, call: Call) -> Selection | None:
+        """As a reader's: what this step reads."""
+        return search(self.inner, layer, call, self.inner.chain, floor=self.floor)
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return self.inner.score(layer, call)

@@ -4,7 +4,7 @@ a prompt's attention), reweight."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -76,6 +76,11 @@ class AttentionMethod(Method):
             key that was computed, mean over rows of the batch and heads.
         """
         return None
+
+    @property
+    def reads(self) -> bool:
+        """Whether it chooses what a step reads, rather than what stays."""
+        return False
 
     @property
     def shortens_prompts(self) -> bool:
@@ -152,8 +157,17 @@ class ReadMethod(AttentionMethod):
     verbs: ClassVar[tuple[str, ...]] = ("read",)
     reads_chunks: ClassVar[bool] = False
 
+    @property
+    def reads(self) -> bool:
+        return True
+
     sinks: int = parameter(4, "first tokens that are always read", least=0)
     recent: int = parameter(16, "newest tokens that are always read", least=0)
+
+    @property
+    def chain(self) -> list[Any]:
+        """The stages of ``laconic.attention.search`` by which it finds tokens; empty where it chooses in another way."""
+        return []
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Worth of every entry for this query, float ``(batch, kv_heads or 1, n)``."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from laconic import kernels
-from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReadMethod, ReweightMethod
+from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReweightMethod
 from laconic.attention.prefill import prefill_attention
 from laconic.attention.reweight import reweighted_chunk, reweighted_step
 from laconic.cache import EMPTY, KVLayer, Rest, locate, take
@@ -36,8 +36,8 @@ class Policy:
     """
 
     def __init__(self, methods: tuple[AttentionMethod, ...], *, measure: bool = False) -> None:
-        self.evictors = [m for m in methods if isinstance(m, EvictMethod)]
-        readers = [m for m in methods if isinstance(m, ReadMethod)]
+        self.evictors = [m for m in methods if isinstance(m, EvictMethod) and not m.reads]
+        readers = [m for m in methods if m.reads]
         if len(readers) > 1:
             names = " and ".join(m.id for m in readers)
             raise LaconicError(f"{names} both choose what a step reads: keep one of them, and evict with the other kind.")
@@ -90,7 +90,7 @@ class Policy:
                 layer.keep(slots)
         if call.window is not None and not layer.recording and layer.n > 2 * call.window:
             layer.pass_window(call.window)
-        kept = layer.entries if selection is None else min(_read(selection, layer), layer.entries)
+        kept = layer.entries if selection is None else min(_read(selection), layer.entries)
         layer.request.figures[layer.index] = {
             "kept": kept, "bytes_kept": layer.bytes_kept, "bytes_read": read, "dropped_mass": mass,
             "pairs": pairs,
@@ -173,15 +173,13 @@ class Policy:
         if selection is None:
             return size * (layer.keys.numel() + layer.values.numel())
         row = size * (layer.keys.shape[-1] + layer.values.shape[-1])
-        read = row * layer.keys.shape[0] * layer.heads * _read(selection, layer)
+        read = row * layer.keys.shape[0] * layer.heads * _read(selection)
         return round(read) + selection.bytes_scored
 
 
-def _read(selection: Selection, layer: KVLayer) -> float:
+def _read(selection: Selection) -> float:
     """Entries read per row and KV head, mean: empty slots stand only for what other heads or rows read more."""
-    if not layer.padded:
-        return selection.kept
-    return float((selection.indices >= 0).float().mean()) * selection.kept
+    return int((selection.indices >= 0).sum()) / (selection.indices.numel() // selection.kept)
 
 
 def _entries(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.attention.engine import Policy
+from laconic.attention.search import Blocks, Keys, Tokens, search
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
@@ -44,33 +45,15 @@ class FASA(ReadMethod):
     def check(self) -> None:
         need_file(self.id, self.profile)
 
-    def observe(self, layer: KVLayer, call: Call) -> int | None:
-        have = layer.tracks[TRACK].n if TRACK in layer.tracks else 0
-        layer.track(TRACK, self._few(layer, layer.keys[:, :, have:]))
-        return None
+    def observe(self, layer: KVLayer, call: Call) -> None:
+        copies(layer, self.pairs, self.profile)
+
+    @property
+    def chain(self) -> list[Blocks | Tokens]:
+        return [Tokens(partial(dominant_pairs, pairs=self.pairs, profile=self.profile))]
 
     def select(self, layer: KVLayer, call: Call) -> Selection | None:
-        if self.covers(layer, call):
-            return None
-        have = layer.tracks[TRACK].n if TRACK in layer.tracks else 0
-        few = layer.track(TRACK, self._few(layer, layer.keys[:, :, have:]))
-        group = call.query.shape[1] // layer.heads
-        query = self._few(layer, call.last.unflatten(1, (layer.heads, group))).flatten(1, 2)
-        starts, recent = layer.starts(call.window), self.recent
-        begin = torch.zeros(query.shape[0], layer.heads, dtype=torch.int64) if starts is None else starts
-        votes = kernels.vote(
-            query, few, scale=call.scale, starts=begin.to(query.device) + self.sinks, stop=layer.n - recent, over="group"
-        )
-        slots = self.choose(layer, call, votes, sinks=self.sinks, recent=recent)
-        return Selection(slots, bytes_scored=few.numel() * few.element_size())
-
-    def _few(self, layer: KVLayer, rows: torch.Tensor) -> torch.Tensor:
-        """The dominant dimensions of ``rows`` (batch, kv_heads, any, head_dim), contiguous."""
-        policy = layer.request.policy
-        tables = find_profile(self.id, self.profile, policy.model if policy is not None else None)
-        ranked = torch.tensor(tables["ranking"][layer.index], device=rows.device)[:, : self.pairs]
-        dims = pair_dimensions(ranked, rows.shape[-1], tables["rope"])
-        return rows.gather(3, dims[None, :, None].expand(rows.shape[0], -1, rows.shape[2], -1))
+        return search(self, layer, call, self.chain)
 
     @classmethod
     def calibrate(cls, model: torch.nn.Module, texts: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -99,6 +82,29 @@ class FASA(ReadMethod):
             "ranking": [table.tolist() for table in ranking],
             "agreement": [[[round(float(v), 4) for v in head] for head in table] for table in agreement],
         }
+
+
+def dominant_pairs(layer: KVLayer, call: Call, *, pairs: int, profile: str) -> Keys:
+    """Copies of the ``pairs`` dominant pairs of dimensions of every key, and the query's."""
+    grouped = call.last.unflatten(1, (layer.heads, -1))
+    return Keys(_few(layer, grouped, pairs, profile).flatten(1, 2), copies(layer, pairs, profile))
+
+
+def copies(layer: KVLayer, pairs: int, profile: str) -> torch.Tensor:
+    """The dominant pairs of all keys, ``(batch, kv_heads, n, 2 * pairs)``, kept beside the cache; adds those of new keys."""
+    have = layer.tracks[TRACK].n if TRACK in layer.tracks else 0
+    if have == layer.n:
+        return layer.tracks[TRACK].view()
+    return layer.track(TRACK, _few(layer, layer.keys[:, :, have:], pairs, profile))
+
+
+def _few(layer: KVLayer, rows: torch.Tensor, pairs: int, profile: str) -> torch.Tensor:
+    """The dominant dimensions of ``rows`` (batch, kv_heads, any, head_dim), contiguous."""
+    policy = layer.request.policy
+    tables = find_profile(FASA.id, profile, policy.model if policy is not None else None)
+    ranked = torch.tensor(tables["ranking"][layer.index], device=rows.device)[:, :pairs]
+    dims = pair_dimensions(ranked, rows.shape[-1], tables["rope"])
+    return rows.gather(3, dims[None, :, None].expand(rows.shape[0], -1, rows.shape[2], -1))
 
 
 def pair_dimensions(pairs: torch.Tensor, head_dim: int, layout: str) -> torch.Tensor:

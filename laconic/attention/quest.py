@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
+from laconic.attention.search import Blocks, Tokens, search
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.primitives.blocks import best_blocks, keep_top_among
-from laconic.primitives.reduce import GROUP, group
+from laconic.primitives.reduce import GROUP
 from laconic.registry import register
 from laconic.selection import Selection
 
@@ -40,15 +39,11 @@ class Quest(ReadMethod):
     def check(self) -> None:
         self.require(self.reduce in GROUP, f"reduce must be one of {', '.join(GROUP)}.")
 
+    @property
+    def chain(self) -> list[Blocks | Tokens]:
+        return [Blocks(self.page, reduce=self.reduce)]
+
     def select(self, layer: KVLayer, call: Call) -> Selection | None:
-        if layer.index < self.dense_layers or self.covers(layer, call):
+        if layer.index < self.dense_layers:
             return None
-        blocks, quota, starts = layer.key_blocks(self.page), self.quota(layer, call), layer.starts(call.window)
-        bounds = group(kernels.block_bounds(call.last, blocks), layer.heads, self.reduce)
-        protected = {"sinks": self.sinks, "recent": self.recent}
-        count = -(-int(quota.max()) // self.page) + 4  # pages at the four ends of what is visible and protected may be cut
-        chosen = best_blocks(bounds, blocks, count, starts, **protected)
-        slots = blocks.slots(chosen)
-        worth = bounds.gather(-1, blocks.of(slots).clamp(min=0))
-        slots = keep_top_among(slots, worth, quota, layer.n, starts, **protected, name=self.id)
-        return Selection(slots, bytes_scored=blocks.bytes)
+        return search(self, layer, call, self.chain)

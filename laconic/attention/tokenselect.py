@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
+from laconic.attention.search import Blocks, Keys, Tokens, exact_keys, flat_vote, int8_keys
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
@@ -53,6 +53,11 @@ class TokenSelect(ReadMethod):
         """With compact positions the prompt too is read through the selection, chunk by chunk."""
         return self.positions == "compact"
 
+    @property
+    def chain(self) -> list[Blocks | Tokens]:
+        """A vote of each KV head for itself, anew in every step, at the scale of the attention."""
+        return [Tokens(int8_keys if self.int8 else exact_keys)]
+
     def select(self, layer: KVLayer, call: Call) -> Selection | None:
         if self.covers(layer, call):
             return None
@@ -88,25 +93,16 @@ class TokenSelect(ReadMethod):
         if self.positions == "compact":  # every key at the same distance from the query
             distance = torch.full((1, 1), recent, device=query.device)
             keys, query = layer.raw_keys, layer.rope.rotate(fingerprint, distance)
-        index = layer.key_index() if self.int8 else None
-        begin = torch.zeros(query.shape[0], layer.heads, dtype=torch.int64) if starts is None else starts
-        votes = kernels.vote(
-            query,
-            keys,
-            scale=self.scale or call.scale,
-            starts=begin.to(query.device) + self.sinks,
-            stop=layer.n - recent,
-            over="group" if self.per_head else "layer",
-            index=index,
-            softcap=None if self.scale else call.softcap,
-        )
+        source = Keys(query, keys, layer.key_index() if self.int8 else None, None if self.scale else call.softcap)
+        over = "group" if self.per_head else "layer"
+        votes = flat_vote(source, layer, call, sinks=self.sinks, recent=recent, scale=self.scale or None, over=over)
         quota = self.quota(layer, call)
         if not call.decoding:
             quota = torch.minimum(quota + new, layer.lengths)
         slots = keep_top(pool(votes, self.kernel, "max"), quota, starts, self.sinks, recent, self.id)
         layer.memory[self.id], layer.slots[self.id] = fingerprint, slots
         layer.memory[self.id + ".chose"] = ~self.covered(layer, call)
-        return slots, keys.numel() * keys.element_size() if index is None else index.bytes
+        return slots, source.bytes()
 
     def _remembered(self, layer: KVLayer, call: Call, query: torch.Tensor) -> tuple[torch.Tensor | None, int]:
         """The last selection with the newest tokens added, and the bytes read; None when it holds for no row any more.

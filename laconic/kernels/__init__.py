@@ -112,13 +112,27 @@ def vote(
 
 
 def logits(
-    query: torch.Tensor, keys: Array, *, scale: float = 1.0, indices: torch.Tensor | None = None
+    query: torch.Tensor,
+    keys: Array,
+    *,
+    scale: float = 1.0,
+    indices: torch.Tensor | None = None,
+    index: KeyIndex | None = None,
 ) -> torch.Tensor:
     """q.k times ``scale``, float32 ``(batch, heads, n)``, or of the entries ``indices`` only.
 
     ``indices``: int64 ``(batch, kv_heads or 1, k)``, which gives ``(batch, heads, k)``; -1 is an empty slot and gives -inf.
+    With ``index`` they come from its 8-bit keys and ``keys`` are not read; it takes ``indices``, best in ascending order.
     """
-    return _implementation(query, keys).logits(query, keys, scale=scale, indices=indices)
+    if index is None:
+        return _implementation(query, keys).logits(query, keys, scale=scale, indices=indices)
+    if query.device.type == "cpu":
+        from laconic.kernels import cpu_index
+
+        return cpu_index.logits(query, index, indices, scale=scale)
+    slots = indices.expand(*index.scales.shape[:2], -1)
+    every = torch.arange(slots.shape[2], device=slots.device).masked_fill(slots < 0, -1)
+    return reference.logits(query, index.keys(slots.clamp(min=0)), scale=scale, indices=every)
 
 
 def block_bounds(query: torch.Tensor, blocks: KeyBlocks) -> torch.Tensor:

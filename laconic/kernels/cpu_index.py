@@ -1,4 +1,4 @@
-"""The vote on 8-bit keys on the CPU: sixteen tokens and four dimensions at a time."""
+"""The vote on 8-bit keys on the CPU, and logits of chosen ones: sixteen tokens and four dimensions at a time."""
 
 from __future__ import annotations
 
@@ -112,20 +112,65 @@ def _vote_chunks(query, bias, steps, data, scales, capacity, starts, stop, softc
                 sums[b, h, g, chunk] = soften(row, tops[b, h, g, chunk])
 
 
+@jit(parallel=True)
+def _logit_chunks(query, bias, steps, data, scales, capacity, indices, logits):
+    """Logits (batch, kv_heads, group, n) of the tokens ``indices`` (batch, kv_heads, n), a tile at a time.
+
+    Where the slots ascend, every tile that holds some of them is computed once.
+    """
+    batch, kv_heads, group, dim = query.shape
+    n = indices.shape[2]
+    chunks = (n + CHUNK - 1) // CHUNK
+    for job in nb.prange(batch * kv_heads * chunks):
+        task = np.int64(job)
+        b, rest = divmod(task, kv_heads * chunks)
+        h, chunk = divmod(rest, chunks)
+        base = (b * kv_heads + h) * capacity
+        tile, held = np.empty((group, TILE), np.float32), np.int64(-1)
+        for j in range(chunk * CHUNK, min((chunk + 1) * CHUNK, n)):
+            slot = indices[b, h, j]
+            if slot < 0:
+                logits[b, h, :, j] = NEGATIVE
+                continue
+            if slot // TILE != held:
+                held = slot // TILE
+                at = base + held * TILE
+                for g in range(0, group, HEADS):
+                    _tile(query[b, h], g, data, at * dim, bias[b, h], steps[b, h], scales, at, tile, 0)
+            for g in range(group):
+                logits[b, h, g, j] = tile[g, slot % TILE]
+
+
+def _in_bytes(query: torch.Tensor, kv_heads: int, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What ``_tile_plain`` calls query, int8 ``(batch, kv_heads, group, dim)``, bias and steps ``(batch, kv_heads, group)``."""
+    groups = torch.from_numpy(grouped(query, kv_heads))
+    units = groups.abs().amax(-1).clamp(min=1e-12) / 127
+    codes = (groups / units[..., None]).round().to(torch.int8)
+    return codes.numpy(), (codes.sum(-1, dtype=torch.int32) * -ZERO).numpy(), (units * scale).numpy()
+
+
+def logits(query: torch.Tensor, index: KeyIndex, indices: torch.Tensor, *, scale: float) -> torch.Tensor:
+    batch, kv_heads, capacity = index.scales.shape
+    chosen = np.ascontiguousarray(indices.expand(batch, kv_heads, -1).numpy())
+    use_threads(chosen.size * index.data.shape[3] * QUAD)
+    codes, bias, steps = _in_bytes(query, kv_heads, scale)
+    out = np.empty((*codes.shape[:3], chosen.shape[2]), np.float32)
+    data, scales = index.data.view(-1).numpy(), index.scales.view(-1).numpy()
+    _logit_chunks(codes, bias, steps, data, scales, capacity, chosen, out)
+    return torch.from_numpy(out)[:, :, : query.shape[1] // kv_heads].flatten(1, 2)
+
+
 def vote(
     query: torch.Tensor, index: KeyIndex, *, scale: float, starts=None, stop=None, over="layer", softcap=None
 ) -> torch.Tensor:
     kv_heads, capacity = index.scales.shape[1:]
     use_threads(index.bytes)
-    groups = torch.from_numpy(grouped(query, kv_heads))
-    units = groups.abs().amax(-1).clamp(min=1e-12) / 127
-    codes = (groups / units[..., None]).round().to(torch.int8)
-    bias = codes.sum(-1, dtype=torch.int32) * -ZERO
+    codes, bias, steps = _in_bytes(query, kv_heads, scale)
     stop = index.n if stop is None else min(stop, index.n)
     weights, tops, sums = vote_space(codes.shape[:3], index.n, stop)
     first = first_slots(starts, index.scales)
     _vote_chunks(
-        codes.numpy(), bias.numpy(), (units * scale).numpy(), index.data.view(-1).numpy(), index.scales.view(-1).numpy(),
+        codes, bias, steps, index.data.view(-1).numpy(), index.scales.view(-1).numpy(),
         capacity, first, stop, np.float32(softcap or 0.0), weights, tops, sums,
     )  # fmt: skip
     return tally(weights, tops, sums, query.shape[1] // kv_heads, first, stop, index.n, over)

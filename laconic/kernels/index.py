@@ -61,12 +61,32 @@ class KeyIndex:
             scales[:, :, :have] = self.scales
             self.data, self.scales = data, scales
 
-    def keys(self) -> torch.Tensor:
-        """The keys as the bytes have them, float32 ``(batch, kv_heads, n, head_dim)``: for devices without a byte kernel."""
-        tiles = self.data.unflatten(4, (TILE, QUAD)).transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : self.n]
-        return (tiles.float() - ZERO) * self.scales[:, :, : self.n, None]
+    def keys(self, slots: torch.Tensor | None = None) -> torch.Tensor:
+        """The keys as the bytes have them, float32 ``(batch, kv_heads, n, head_dim)``: for devices without a byte kernel.
+
+        With ``slots``, int64 ``(batch, kv_heads, k)`` >= 0, only those, ``(batch, kv_heads, k, head_dim)``.
+        """
+        parts = self.data.unflatten(4, (TILE, QUAD))
+        if slots is None:
+            codes, scales = parts.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : self.n], self.scales[:, :, : self.n]
+        else:
+            row, head = (torch.arange(size, device=slots.device) for size in slots.shape[:2])
+            codes = parts[row[:, None, None], head[:, None], slots // TILE, :, slots % TILE].flatten(3)
+            scales = self.scales.gather(2, slots)
+        return (codes.float() - ZERO) * scales[..., None]
 
     @property
     def bytes(self) -> int:
         """Bytes that one vote over all tokens reads."""
-        return self.scales[:, :, : self.n].numel() * (self.data.shape[3] * QUAD + 4)
+        return self.scales[:, :, : self.n].numel() * self._width
+
+    def bytes_of(self, slots: torch.Tensor) -> int:
+        """Bytes that the logits of ``slots`` (batch, kv_heads, k), ascending, -1 for none, read: whole tiles."""
+        tiles = (slots // TILE).masked_fill(slots < 0, -1)
+        first = torch.full_like(tiles[..., :1], -1)
+        return int((tiles.diff(dim=-1, prepend=first) > 0).sum()) * TILE * self._width
+
+    @property
+    def _width(self) -> int:
+        """Bytes of a token: a byte per dimension, and the scale."""
+        return self.data.shape[3] * QUAD + 4

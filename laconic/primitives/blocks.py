@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from laconic.kernels.blocks import KeyBlocks
-from laconic.primitives.select import best, check_room
+from laconic.primitives.select import best, best_of_all_heads, check_room
 
 
 def group_vote(logits: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -22,7 +22,7 @@ def group_vote(logits: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def best_blocks(
     worth: torch.Tensor,
     blocks: KeyBlocks,
-    count: int,
+    count: torch.Tensor,
     starts: torch.Tensor | None = None,
     *,
     sinks: int = 0,
@@ -32,11 +32,12 @@ def best_blocks(
 
     Args:
         worth: float ``(batch, kv_heads, blocks)``; higher is better.
+        count: int64 ``(batch,)``.
         starts: first visible slot ``(batch, kv_heads)``; None: what the blocks begin with.
         sinks, recent: how many first and newest slots are protected.
 
     Returns:
-        int64 ``(batch, kv_heads, count)``, or fewer where there are fewer; -1 for blocks that are empty or out of sight.
+        int64 ``(batch, kv_heads, max(count))``, or fewer where there are fewer; -1 for blocks that are empty or out of sight.
     """
     first = blocks.starts if starts is None else torch.maximum(starts, blocks.starts)
     number = torch.arange(blocks.count, device=worth.device)
@@ -48,8 +49,8 @@ def best_blocks(
     forced = (number <= block(first + max(sinks, 1) - 1)) | (number >= block(newest - max(recent, 1) + 1))
     hidden = (number < block(first)) | (number >= blocks.counts[..., None])
     worth = worth.masked_fill(forced, float("inf")).masked_fill(hidden, float("-inf"))
-    chosen = best(worth, torch.full(worth.shape[:1], min(count, blocks.count)))
-    return chosen.masked_fill(hidden.gather(-1, chosen), -1)
+    chosen = best(worth, count.clamp(max=blocks.count))
+    return chosen.masked_fill((chosen < 0) | hidden.gather(-1, chosen.clamp(min=0)), -1)
 
 
 def keep_top_among(
@@ -61,9 +62,10 @@ def keep_top_among(
     *,
     sinks: int = 0,
     recent: int = 0,
+    floor: float = 1.0,
     name: str = "selection",
 ) -> torch.Tensor:
-    """As ``select.keep_top``, among the candidates ``slots`` only.
+    """As ``select.keep_top``, among the candidates ``slots`` only; with ``floor`` below 1 as ``select.keep_top_of_all_heads``.
 
     Args:
         slots: int64 ``(batch, kv_heads, c)`` ascending, -1 for an empty one.
@@ -79,5 +81,6 @@ def keep_top_among(
     check_room(quota, (n - first[..., 0]).amin(-1), sinks, newest, name)
     protected = (slots < first + sinks) | (slots >= n - recent)
     worth = scores.float().masked_fill(protected, float("inf")).masked_fill(slots < first, float("-inf"))
-    at = best(worth, quota.clamp(max=slots.shape[-1]))
+    count = quota.clamp(max=slots.shape[-1])
+    at = best(worth, count) if floor >= 1 else best_of_all_heads(worth, count, floor)
     return slots.masked_fill(slots < first, -1).gather(-1, at.clamp(min=0)).masked_fill(at < 0, -1)

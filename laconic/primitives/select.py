@@ -51,12 +51,16 @@ def keep_top_of_all_heads(
     Every head keeps its protected entries and at least the share ``floor`` of its even quota. Heads with fewer entries than
     others get empty slots (-1) in front. Scores must be comparable between heads (Ada-KV, 2024).
     """
-    worth = protect(scores, quota, starts, sinks, recent, name)
+    return hide(best_of_all_heads(protect(scores, quota, starts, sinks, recent, name), quota, floor), starts)
+
+
+def best_of_all_heads(worth: torch.Tensor, quota: torch.Tensor, floor: float) -> torch.Tensor:
+    """As ``best``, but the ``heads * quota`` largest of all heads of a row, at least ``ceil(floor * quota)`` of each head."""
     quotas = torch.zeros(*worth.shape[:2], dtype=torch.int64, device=worth.device)
     for row, k in enumerate(quota.tolist()):
         if k:
             quotas[row] = by_score(worth[row : row + 1], k * worth.shape[1], floor=math.ceil(floor * k))[0]
-    return hide(quota_top(worth, quotas), starts)
+    return quota_top(worth, quotas)
 
 
 def protect(

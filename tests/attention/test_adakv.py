@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
-from attend import Run, held, random_qkv
+from attend import SCALE, Run, held, random_qkv
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import prompt, shared
+from tiny import generate, prompt, shared
 
 import laconic
 from laconic import Recipe, registry
+from laconic.attention import engine
 from laconic.attention.base import ReadMethod
 from laconic.errors import LaconicError
 from laconic.kernels.ragged import Ragged
@@ -70,7 +71,7 @@ def test_recipes_nest_and_come_back() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("adakv(tokenselect):10%", "tokenselect has no scores of entries"),
+        ("adakv(recycled_attention):10%", "recycled_attention has no scores of entries"),
         ("adakv(adakv(knorm)):10%", "adakv has no scores"),
         ("adakv(knorm:10%)", "without a budget"),
         ("adakv(knorm + h2o):10%", "of names one method"),
@@ -109,3 +110,40 @@ def test_each_head_is_stored_in_its_own_length(monkeypatch: pytest.MonkeyPatch) 
                     assert layer.keys.numel() + layer.values.numel() == 2 * (2 * 2 * 16) * layer.keys.shape[-1]
                     assert layer.n > 16 and layer.entries == handle.stats()["kept"] == 16
         torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (0, 14)])
+@pytest.mark.parametrize("inner", ["tokenselect(sinks=2, recent=3)", "hisa(block=4, oversample=9, sinks=2, recent=3)"])
+def test_heads_share_what_a_step_reads(inner: str, pads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best votes of all heads of a row together, the floor and the protected ones apart; hisa here scores every token."""
+    qkv, read = random_qkv(50, seed=4), []
+    original = engine.kernels.selected_attention
+    monkeypatch.setattr(engine.kernels, "selected_attention", lambda *a, **k: (read.append(a[3]), original(*a, **k))[1])
+    run = Run(f"adakv({inner}, floor=0.25):12", qkv, 49, pads=pads)
+    run.piece(0, 49)
+    run.piece(49, 50)
+    assert run.layer.n == 50  # nothing is forgotten
+    for row, pad in enumerate(pads):
+        best = {}
+        for head in range(2):
+            logits = torch.einsum("hd,nd->hn", qkv[0][row, 2 * head : 2 * head + 2, 49], qkv[1][row, head]) * SCALE
+            free = range(pad + 2, 47)
+            votes = logits[:, free].softmax(-1).sum(0)
+            ranked = sorted(zip(votes.tolist(), free, strict=True), reverse=True)
+            best[head] = ranked
+        sure = {head: {pad, pad + 1, 47, 48, 49} for head in best}  # five of the twelve; the floor is three
+        rest = sorted(((v, head, slot) for head, ranked in best.items() for v, slot in ranked), reverse=True)
+        for _, head, slot in rest[: 24 - 10]:
+            sure[head].add(slot)
+        got = {head: {s for s in read[-1][row, head].tolist() if s >= 0} for head in best}
+        assert got == sure
+    kept = run.layer.request.figures[0]["kept"]
+    assert kept == 12
+
+
+def test_a_reader_over_shared_heads_over_an_evictor_runs() -> None:
+    """The composition of the three: what stays by heads, what a step reads by heads of what stays."""
+    model = shared()
+    with laconic.apply(model, "adakv(keydiff):40 + adakv(quest(page=4, sinks=1, recent=2)):12") as handle:
+        generate(model, prompt(2, 74, pads=(0, 20)), 5)
+        assert handle.stats()["kept"] <= 12

@@ -9,6 +9,7 @@ from attend import SCALE, Run, attention, held, random_qkv, top
 from tiny import build, generate, prompt, shared
 
 import laconic
+from laconic import kernels
 from laconic.attention import engine, tokenselect
 from laconic.attention.rope import Rope
 from laconic.cache import KVLayer, Request
@@ -27,8 +28,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
 @pytest.fixture
 def votes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     seen: list[int] = []
-    original = tokenselect.kernels.vote
-    monkeypatch.setattr(tokenselect.kernels, "vote", lambda *a, **k: (seen.append(1), original(*a, **k))[1])
+    original = kernels.vote
+    monkeypatch.setattr(kernels, "vote", lambda *a, **k: (seen.append(1), original(*a, **k))[1])
     yield seen
 
 
