@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
+from laconic.attention.queries import join_queries
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
@@ -86,7 +87,8 @@ class LongHeads(ReadMethod):
 
     def observe(self, layer: KVLayer, call: Call) -> None:
         """Makes the keys of the chunks that are now complete."""
-        queries, known = self._queries(layer, call.query), layer.memory.get(self.id + ".keys")
+        queries = join_queries(layer.memory, self.id + ".query", call.query, self.chunk)
+        known = layer.memory.get(self.id + ".keys")
         before = 0 if known is None else known.shape[2]
         done = (layer.lengths // self.chunk).tolist()
         had = [min(before, (length - call.query.shape[2]) // self.chunk) for length in layer.lengths.tolist()]
@@ -99,20 +101,6 @@ class LongHeads(ReadMethod):
                 if max(a, 0) < b:
                     keys[row, :, max(a, 0) : b] = self._chunk_keys(layer, queries, row, max(a, 0), b, call.scale)
             layer.memory[self.id + ".keys"] = keys
-
-    def _queries(self, layer: KVLayer, new: torch.Tensor) -> torch.Tensor:
-        """The ``new`` queries (batch, heads, any, head_dim) behind those of the open chunk; keeps what the next call needs."""
-        memory, name, count = layer.memory, self.id + ".query", layer.memory.get(self.id + ".count", 0)
-        end = count + new.shape[2]
-        if name in memory and end <= memory[name].shape[2]:
-            memory[name][:, :, count:end] = new
-            memory[self.id + ".count"] = end
-            return memory[name][:, :, :end]
-        queries = new if name not in memory else torch.cat([memory[name][:, :, max(0, count - self.chunk) : count], new], dim=2)
-        tail = queries[:, :, -self.chunk :]
-        memory[name] = torch.nn.functional.pad(tail, (0, 0, 0, 2 * self.chunk - tail.shape[2]))
-        memory[self.id + ".count"] = tail.shape[2]
-        return queries
 
     def _chunk_keys(
         self, layer: KVLayer, queries: torch.Tensor, row: int, first: int, last: int, scale: float

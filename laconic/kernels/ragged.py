@@ -81,8 +81,10 @@ class Ragged:
         """As ``padded``, in float32."""
         return self.padded().float()
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        """A part of ``padded()``; ``[:, :, begin:]`` copies no more than that."""
+    def __getitem__(self, index: Any) -> torch.Tensor | Ragged:
+        """``[a:b]`` are some rows, ragged as well. All else is a part of ``padded()``; ``[:, :, begin:]`` copies only that."""
+        if isinstance(index, slice):
+            return Ragged(self.data, self.bases[index], self.starts[index], self.n)
         whole = slice(None)
         if isinstance(index, tuple) and len(index) == 3 and index[:2] == (whole, whole) and isinstance(index[2], slice):
             begin, end, step = index[2].indices(self.n)

@@ -24,3 +24,32 @@ def by_score(scores: torch.Tensor, total: int, *, floor: int = 0) -> torch.Tenso
     winners = torch.zeros_like(flat, dtype=torch.bool)
     winners.scatter_(1, flat.topk(max(total, heads * min(floor, n)), dim=1).indices, True)
     return winners.view(batch, heads, n).sum(-1)
+
+
+def apportion(weights: torch.Tensor, total: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in the proportion of ``weights``, by the method of largest remainders (Hamilton, 1792); none above its cap.
+
+    What a full place cannot take goes to the others, still in proportion. Equal remainders: the lowest place first.
+
+    Args:
+        weights: float ``(..., places)``, >= 0; a place of weight 0 gets something only when the others are full.
+        total: int ``(...)``.
+        caps: int ``(..., places)``, >= 0.
+
+    Returns:
+        int64 ``(..., places)`` that sums to ``min(total, sum of caps)``.
+    """
+    total = torch.minimum(total, caps.sum(-1))[..., None].double()
+    weights, limit = weights.double().clamp(min=1e-9), caps.double()
+    order = (limit / weights).argsort(dim=-1, stable=True)  # which place is full first as all grow in proportion
+    filled = limit.gather(-1, order).cumsum(-1) - limit.gather(-1, order)
+    ordered = weights.gather(-1, order)
+    left = ordered.flip(-1).cumsum(-1).flip(-1)  # weight of a place and of those that are full later
+    factor = (total - filled) / left
+    open_from = (factor * ordered >= limit.gather(-1, order)).sum(-1, keepdim=True)
+    ideal = torch.minimum(limit, factor.gather(-1, open_from.clamp(max=factor.shape[-1] - 1)) * weights)
+    whole = (ideal + 1e-9).floor()
+    missing = (total - whole.sum(-1, keepdim=True)).round()
+    remainder = ((ideal - whole) * 1e9).round().masked_fill(whole >= limit, -1.0)  # rounded, so that equal ones tie
+    rank = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (whole + (rank < missing)).long()
