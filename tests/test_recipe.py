@@ -50,7 +50,7 @@ def test_every_parameter_survives_text_and_file(name: str, tmp_path: Path) -> No
             except LaconicError:
                 continue  # a value that does not fit the other defaults
     if cls.takes_budget:
-        budgets = ["7", "33.3%", "0.00001%", *([] if name == "pyramidkv" else ["pyramid:10%", "pyramid:100%"])]
+        budgets = ["7", "33.3%", "0.00001%", *([] if name in ("pyramidkv", "spatten") else ["pyramid:10%", "pyramid:100%"])]
         tried += [laconic.get(name, budget=b) for b in budgets]
         tried.append(laconic.get(name, budget=Budget(share=1 / 3)))
     for method in tried:

@@ -212,7 +212,7 @@ def _add_columns(weights, rows, bounds, shares, sums):
                 _add(weights[g * rows + r, low:high], shares[g * rows + r], sums[g, low:high])
 
 
-def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
+def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, positions=None):
     batch, heads, count, dim = query.shape
     kv_heads, n = keys.shape[1:3]
     group = heads // kv_heads
@@ -228,9 +228,12 @@ def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
             for begin in range(0, count, step):
                 end = min(begin + step, count)
                 rows = np.arange(n - count + begin, n - count + end)
-                start = 0 if window is None else max(0, n - count + begin - window + 1)
-                stop = n - count + end  # nothing above the diagonal is computed
-                low = np.maximum(first[b, h], start if window is None else rows - window + 1)
+                seen = np.zeros_like(rows) if window is None else rows - window + 1
+                if window is not None and positions is not None:
+                    at = positions[b, h % positions.shape[1]].numpy()
+                    seen = np.searchsorted(at, at[rows] - window + 1)
+                start, stop = max(0, int(seen[0])), n - count + end  # nothing above the diagonal is computed
+                low = np.maximum(first[b, h], seen)
                 low = np.where(rows < first[b, h], rows + 1, low)  # rows of padding attend to nothing
                 bounds = np.stack([np.maximum(low - start, 0), rows + 1 - start], 1)
                 part = space[: group * (end - begin) * (stop - start)].view(-1, stop - start)
