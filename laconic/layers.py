@@ -76,9 +76,9 @@ class LayerShrinker:
         count = positions.shape[1]
         if bool(((rows[:, -1] != count - 1) & (positions[:, -1] >= 0)).any()):
             raise LaconicError("The last token of a prompt has to reach the last layer: let the method keep it.")
-        rows = rows[:, min(int((rows < 0).sum(-1).min()), rows.shape[1] - 1) :]
-        if rows.shape[1] == count:
+        if bool(((rows >= 0).sum(-1) == (positions >= 0).sum(-1)).all()):
             return None
+        rows = rows[:, min(int((rows < 0).sum(-1).min()), rows.shape[1] - 1) :]
         self._request.living = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
         return rows
 

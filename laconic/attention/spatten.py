@@ -79,23 +79,25 @@ class SpAtten(EvictMethod):
         scores.scatter_add_(1, positions.clamp(min=0).flatten(1), received.flatten(1))
 
     def keep(self, layer: KVLayer, call: Call) -> torch.Tensor | None:
+        """The best of the living; they alone go on. What has left a sliding window does not compete, and does not die."""
         if self.budget.is_full:
             return None
-        memory, quota = layer.request.memory, self.quota(layer, call)
-        positions = layer.shared_positions
-        at, alive = positions.clamp(min=0), memory[ALIVE]
+        memory, quota, coming = layer.request.memory, self.quota(layer, call), _coming(layer, call)
+        positions, alive = layer.shared_positions, memory[ALIVE]
+        at, starts = positions.clamp(min=0), _starts(layer, call, coming)
         living = (positions >= 0) & _pick(alive, at)
         if torch.equal(living, positions >= 0) and bool((living.sum(-1) <= quota[:, None]).all()):
             return None
+        if starts is not None:
+            living &= torch.arange(layer.n, device=at.device) >= starts[:, : at.shape[1], None]
         worth = _pick(memory[SCORES], at).masked_fill(~living, float("-inf"))
-        slots = keep_top(worth, quota, layer.starts(), self.sinks, self.recent, self.id)
+        slots = keep_top(worth, quota, starts, self.sinks, self.recent, self.id)
         dead = (slots < 0) | ~living.gather(2, slots.clamp(min=0))
         slots = slots.masked_fill(dead, -1).sort(dim=-1).values
         slots = slots[..., min(int((slots < 0).sum(-1).min()), slots.shape[-1] - 1) :]
-        stays = torch.zeros_like(living).scatter(2, slots.clamp(min=0), slots >= 0)
-        memory[ALIVE] = alive & _any(stays, at, alive) | alive & ~_any(living, at, alive)
+        stays = torch.zeros_like(living, dtype=torch.int8).scatter_add_(2, slots.clamp(min=0), (slots >= 0).to(torch.int8)) > 0
+        memory[ALIVE] = alive & (_any(stays, at, alive) | ~_any(living, at, alive))
         if not call.decoding:
-            coming = _coming(layer, call)
             gone = (coming < 0) | ~memory[ALIVE].gather(1, coming.clamp(min=0))
             layer.request.onward = coming.masked_fill(gone, -1).sort(dim=-1).values
         return slots
@@ -123,6 +125,15 @@ def _coming(layer: KVLayer, call: Call) -> torch.Tensor:
     """Positions ``(batch, new)`` of the rows of this call."""
     batch, _, new, _ = call.query.shape
     return layer.request.take(batch, new, layer.seen - new, call.query.device)
+
+
+def _starts(layer: KVLayer, call: Call, coming: torch.Tensor) -> torch.Tensor | None:
+    """First slot ``(batch, kv_heads)`` that any row of this call sees; None when all slots are seen."""
+    if call.window is None:
+        return layer.starts()
+    first = coming.masked_fill(coming < 0, coming.max()).amin(-1)  # of the real ones, which ascend
+    hidden = layer.shared_positions < (first - call.window + 1).clamp(min=0)[:, None, None]
+    return hidden.sum(-1).expand(-1, layer.heads)
 
 
 def _received(layer: KVLayer, call: Call) -> torch.Tensor:
