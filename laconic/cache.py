@@ -253,6 +253,9 @@ class Request:
     Attributes:
         policy: the :class:`laconic.attention.engine.Policy` that attends for this cache; set by every forward.
         positions: int64 ``(batch, new)``: true positions of the tokens of the running forward, -1 for padding.
+        onward: int64 ``(batch, k)``: positions of the tokens that layers deeper than the running one compute, -1 for none;
+            None for all. A method sets it, and :class:`laconic.layers.LayerShrinker` sees to it.
+        living: int64 ``(batch, k)``: positions of the rows that reach the running layer, -1 in front; None for all.
         figures: per layer, what the last forward kept and read (see ``Policy``).
         memory: what methods hand from layer to layer (a selection that deeper layers use again, scores that add up over
             depth). Tensors in it have the batch as first dimension and follow reordering; a crop empties it.
@@ -261,11 +264,15 @@ class Request:
     def __init__(self) -> None:
         self.policy: Policy | None = None
         self.positions: torch.Tensor | None = None
+        self.onward: torch.Tensor | None = None
+        self.living: torch.Tensor | None = None
         self.figures: dict[int, dict[str, Any]] = {}
         self.memory: dict[str, Any] = {}
 
     def take(self, batch: int, count: int, seen: int, device: torch.device) -> torch.Tensor:
         """Positions ``(batch, count)``; without word from the model's caller, the tokens follow what was seen."""
+        if self.living is not None:
+            return self.living.to(device)
         if self.positions is not None and self.positions.shape == (batch, count):
             return self.positions.to(device)
         return torch.arange(seen, seen + count, device=device).expand(batch, count)
@@ -320,7 +327,7 @@ class KVLayer(CacheLayerMixin):
         batch, _, count, _ = key_states.shape
         positions = self.request.take(batch, count, self.seen, key_states.device)[:, None]
         self.padded = self.padded or bool((positions[:, :, 0] < 0).any())
-        self.seen += count
+        self.seen += count if self.request.living is None else self.request.positions.shape[1]
         if self._keys is None:
             self._keys, self._values = Buffer(key_states, self.reserve), Buffer(value_states, self.reserve)
             self._positions = Buffer(positions, self.reserve)
@@ -329,6 +336,8 @@ class KVLayer(CacheLayerMixin):
             self._keys.append(key_states)
             self._values.append(value_states)
             self._positions.append(positions.expand(-1, self._positions.view().shape[1], -1))
+            if self.request.living is not None:
+                self._close_gaps(count)
         keys, values = self.keys, self.values
         keys.laconic_layer = self  # how the attention function finds the request that it serves
         return keys, values
@@ -596,6 +605,21 @@ class KVLayer(CacheLayerMixin):
         """Brings the keys before RoPE, which are written when somebody asks, to the length of all others."""
         if "raw_keys" in self.tracks:
             _ = self.raw_keys
+
+    def _close_gaps(self, count: int) -> None:
+        """Moves empty slots among the newest ``count``, where rows of a batch differ, to the front, where all are expected."""
+        gaps = self._positions.view() < 0
+        if not bool(gaps[:, :, -count:].any()):
+            return
+        self._catch_up()
+        for buffer in self.tracks.values():
+            if buffer.n < self.n:
+                buffer.append(torch.zeros_like(buffer.view()[:, :, :1]).expand(-1, -1, self.n - buffer.n))
+        order = gaps.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
+        self._keep(order.masked_fill(gaps.gather(-1, order), -1))
+        self.slots.clear()
+        self._index = None
+        self._blocks = {}
 
     def _buffers(self) -> list[Buffer]:
         return [b for b in (self._keys, self._values, self._positions, *self.tracks.values()) if b is not None]

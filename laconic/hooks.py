@@ -14,6 +14,7 @@ from laconic.attention.base import AttentionMethod
 from laconic.attention.rope import find_rope
 from laconic.cache import KVCache
 from laconic.errors import LaconicError
+from laconic.layers import LayerShrinker
 from laconic.method import Method
 from laconic.recipe import Recipe
 
@@ -56,6 +57,7 @@ class Handle:
         self._rope = find_rope(model)
         self._depth = 0
         self._cache: KVCache | None = None
+        self._shrinker: LayerShrinker | None = None
         self._install()
 
     def __enter__(self) -> Handle:
@@ -77,6 +79,9 @@ class Handle:
             stack.reverse()
             stack.remove(self)  # the innermost of several entries of the same handle
             stack.reverse()
+        if self._shrinker is not None and self not in stack:
+            self._shrinker.remove()
+            self._shrinker = None
         if not stack:
             _restore(self.model)
 
@@ -110,6 +115,8 @@ class Handle:
         }
 
     def _install(self) -> None:
+        if self._shrinker is None and any(method.shortens for method in self.recipe.methods):
+            self._shrinker = LayerShrinker(self.model)
         if not _stack(self.model):
             _prepare(self.model)
         _stack(self.model).append(self)
@@ -136,6 +143,8 @@ class Handle:
             _take_over(cache, self._layers, self.reserve, arguments.get("attention_mask"))
         self._adopt(cache)
         cache.request.positions = _positions(arguments, cache.get_seq_length())
+        if self._shrinker is not None:
+            self._shrinker.start(cache.request)
         return changes
 
 

@@ -67,8 +67,9 @@ class ActQKV(ReadMethod):
                 quota = self._cut(layer, scores, done, quota)
             worth = scores[:, None].expand(-1, at.shape[1], -1).gather(-1, at.clamp(max=known.shape[2] - 1))
         if not call.decoding:
-            quota = torch.minimum(quota + new, layer.lengths)
-            if bool((quota == layer.lengths).all()):
+            held = layer.lengths.clamp(max=layer.n)
+            quota = torch.minimum(quota + new, held)
+            if bool((quota == held).all()):
                 return None
         worth = worth.masked_fill(at >= done[:, None, None], FORCED)
         slots = keep_top(worth, quota, layer.starts(call.window), self.sinks, max(self.recent, new), self.id)

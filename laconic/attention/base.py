@@ -52,6 +52,7 @@ class AttentionMethod(Method):
 
     stage: ClassVar[str] = "attention"
     claims: ClassVar[tuple[Claim, ...]] = (Claim("random"), Claim("streaming"))  # what any score must be better than
+    shortens: ClassVar[bool] = False  # whether it takes tokens out of what deeper layers compute (Request.onward)
 
     def quota(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Tokens that may stay per row, ``(batch,)``; never more than a row has visible."""

@@ -40,9 +40,10 @@ def prefill_attention(
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
     output = query.new_zeros(batch, kv_heads, heads // kv_heads, rows, values.shape[-1])
     pads = (positions[:, 0] < 0).sum(-1).tolist()
+    lasts = positions[:, 0, -1].tolist()
     for row in range(batch):
         pad = pads[row]
-        plain = rows == n and softcap is None and bias is None and (window is None or n - pad <= window) and pad < n
+        plain = rows == n and softcap is None and bias is None and (window is None or lasts[row] < window) and pad < n
         if plain:  # a fresh prompt: cut the padding off and let the fused kernel do the rest
             part = (t[row][..., pad:, :] for t in (grouped, keys, values))
             output[row, :, :, pad:] = _fused(*part, scale)

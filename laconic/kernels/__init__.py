@@ -197,6 +197,7 @@ def column_sums(
     starts: torch.Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention probability that each key receives, summed over the query rows, in O(rows-block x n) memory.
 
@@ -204,12 +205,18 @@ def column_sums(
         query: ``(batch, heads, rows, head_dim)``: the last ``rows`` positions. A single row gives its probabilities.
         starts: ``(batch, kv_heads)`` first visible slot; rows before it are padding and give nothing.
         window: a row sees only the last ``window`` slots, its own included.
+        positions: int64 ``(batch, kv_heads or 1, n)``, ascending: what a ``window`` counts where tokens between entries are
+            gone. None: slots.
 
     Returns:
         float32 ``(batch, heads, n)``.
     """
     module = _implementation(query, keys)
-    return module.column_sums(query, keys, scale=scale, starts=starts, window=window, softcap=softcap)
+    options = {"scale": scale, "starts": starts, "window": window, "softcap": softcap}
+    if window is not None and positions is not None:
+        module = reference if query.device.type == "cuda" else module
+        options["positions"] = positions
+    return module.column_sums(query, keys, **options)
 
 
 def merge_attention(

@@ -213,22 +213,26 @@ def _add_columns(weights, rows, bounds, shares, sums):
                 _add(weights[g * rows + r, low:high], shares[g * rows + r], sums[g, low:high])
 
 
-def _one_row(query, keys, scale, starts, window, softcap):
+def _one_row(query, keys, scale, starts, window, softcap, positions):
     """The probabilities of a single query, which stands at the last slot."""
     products, n = logits(query, keys, scale=scale), keys.shape[2]
     if softcap is not None:
         products.div_(softcap).tanh_().mul_(softcap)
-    first = torch.from_numpy(first_slots(starts, keys)).clamp(min=0 if window is None else n - window)
+    first = torch.from_numpy(first_slots(starts, keys))
+    if window is not None and positions is None:
+        first = first.clamp(min=n - window)
+    elif window is not None:
+        first = torch.maximum(first, (positions <= positions[:, :, -1:] - window).sum(-1))
     if bool(first.any()):
         hidden = torch.arange(n) < first[..., None]
         products.masked_fill_(hidden.repeat_interleave(query.shape[1] // keys.shape[1], 1), float("-inf"))
     return products.softmax(-1).nan_to_num_(0.0)  # a query of padding attends to nothing
 
 
-def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
+def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, positions=None):
     batch, heads, count, dim = query.shape
     if count == 1:
-        return _one_row(query[:, :, 0], keys, scale, starts, window, softcap)
+        return _one_row(query[:, :, 0], keys, scale, starts, window, softcap, positions)
     keys = dense(keys)
     kv_heads, n = keys.shape[1:3]
     group = heads // kv_heads
@@ -244,9 +248,12 @@ def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
             for begin in range(0, count, step):
                 end = min(begin + step, count)
                 rows = np.arange(n - count + begin, n - count + end)
-                start = 0 if window is None else max(0, n - count + begin - window + 1)
-                stop = n - count + end  # nothing above the diagonal is computed
-                low = np.maximum(first[b, h], start if window is None else rows - window + 1)
+                seen = np.zeros_like(rows) if window is None else rows - window + 1
+                if window is not None and positions is not None:
+                    at = positions[b, h % positions.shape[1]].numpy()
+                    seen = np.searchsorted(at, at[rows] - window + 1)
+                start, stop = max(0, int(seen[0])), n - count + end  # nothing above the diagonal is computed
+                low = np.maximum(first[b, h], seen)
                 low = np.where(rows < first[b, h], rows + 1, low)  # rows of padding attend to nothing
                 bounds = np.stack([np.maximum(low - start, 0), rows + 1 - start], 1)
                 part = space[: group * (end - begin) * (stop - start)].view(-1, stop - start)

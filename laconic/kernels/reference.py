@@ -76,7 +76,7 @@ def topk(scores, k):
     return chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
 
 
-def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, rows=128):
+def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, positions=None, rows=128):
     starts, keys = _first(starts, keys), dense(keys)
     batch, heads, count, dim = query.shape
     kv_heads, n = keys.shape[1:3]
@@ -86,11 +86,14 @@ def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, r
         end = min(begin + rows, count)
         row = torch.arange(n - count + begin, n - count + end, device=query.device)[:, None]
         stop = n - count + end  # nothing above the diagonal is computed
-        start = 0 if window is None else max(0, n - count + begin - window + 1)
+        start = 0 if window is None or positions is not None else max(0, n - count + begin - window + 1)
         slot = torch.arange(start, stop, device=query.device)
         hidden = slot > row
-        if window is not None:
+        if window is not None and positions is None:
             hidden = hidden | (slot <= row - window)
+        elif window is not None:
+            at = positions[:, :, None, None]
+            hidden = hidden | (at[..., :stop] <= at[..., n - count + begin : stop].transpose(-1, -2) - window)
         part = grouped[..., begin:end, :].float().flatten(2, 3) @ keys[:, :, start:stop].float().transpose(-1, -2)
         logits = part.mul_(scale).view(batch, kv_heads, -1, end - begin, stop - start)
         if softcap is not None:

@@ -29,6 +29,7 @@ METHODS = {
     and not issubclass(registry.find(row["id"]), ReweightMethod)  # these change the output by intention, at any budget
 }
 CHOOSING = [name for name, cls in METHODS.items() if issubclass(cls, EvictMethod | ReadMethod)]
+SPREADING = ("pyramidkv", "spatten")  # these share the budget out over the layers themselves
 # the same methods where their memory over time matters
 LASTING = [
     "tokenselect(refresh=-1)",
@@ -150,7 +151,7 @@ def steps(
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_budget_is_never_exceeded(name: str, budget: str, reads: list[torch.Tensor]) -> None:
     cls = METHODS[name]
-    if budget.startswith("pyramid:") and (name in ("pyramidkv", "tca_attention") or issubclass(cls, RetrievalHeads)):
+    if budget.startswith("pyramid:") and (name in (*SPREADING, "tca_attention") or issubclass(cls, RetrievalHeads)):
         pytest.skip("refused: it spreads its budget over layers and heads itself")
     options = small(name, 8, 2, 3)
     limit, partial = laconic.Budget.parse(budget), 0
@@ -167,7 +168,7 @@ def test_a_budget_is_never_exceeded(name: str, budget: str, reads: list[torch.Te
                 extra, counts = 0, (reads[index] >= 0).sum(-1)
             for row, count in enumerate(counts.tolist()):
                 most = max(allowed[row], 0) if limit.share is not None else limit.tokens(10**6, layer=index, layers=2)
-                if name == "pyramidkv":  # what a layer has less, another has more
+                if name in SPREADING:  # what a layer has less, another has more
                     most = 2 * most - int((cache.layers[1 - index].positions[row] >= 0).sum(-1).max()) + extra
                 shared_out = sum(count) / len(count) if name == "adakv" else max(count)  # by heads, or the same for all
                 assert shared_out <= most + extra, (name, budget, index, row)
@@ -291,7 +292,7 @@ def test_an_evictor_composes_with_everything(evictor: str, second: str) -> None:
     for cache, last, seen in steps(recipe):
         handle = last
         for layer in cache.layers:
-            most = 60 if evictor in ("pyramidkv", "adakv") else 30  # a layer or a head may have up to twice the mean
+            most = 60 if evictor in (*SPREADING, "adakv") else 30  # a layer or a head may have up to twice the mean
             assert layer.n <= most + (seen - LENGTH)
             assert all(b.n == layer.n for b in (layer._keys, layer._values, layer._positions))
     if issubclass(METHODS[second], ReadMethod) or not laconic.get(second).once:

@@ -269,3 +269,21 @@ def test_gaps_close_in_place(dtype, shared, monkeypatch):
             got = Ragged(ragged.data, ragged.bases + starts - fewer, fewer, 25).padded()
             take = whole.gather(2, inside.clamp(min=0)[..., None].expand(-1, -1, -1, 6))
             assert torch.equal(got, take.masked_fill((inside < 0)[..., None], 0))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("shared", [True, False])
+def test_column_sums_in_a_window_of_positions(rows, shared):
+    """Tokens between the entries are gone: the window counts these too."""
+    g = torch.Generator().manual_seed(3)
+    n, window, query, keys = 20, 8, torch.randn(2, 4, rows, 8, generator=g), torch.randn(2, 2, 20, 8, generator=g)
+    positions = torch.rand(2, 1 if shared else 2, 50, generator=g).argsort(-1)[..., :n].sort(-1).values
+    positions[1, :, :3], starts = -1, torch.tensor([[0, 0], [3, 3]])
+    expected = torch.zeros(2, 4, n)
+    for b, h, r in itertools.product(range(2), range(4), range(n - rows, n)):
+        at = positions[b, 0 if shared else h // 2]
+        seen = [s for s in range(r + 1) if at[s] > at[r] - window and at[s] >= 0]
+        expected[b, h, seen] += (keys[b, h // 2, seen] @ query[b, h, r - n + rows] * 0.4).softmax(0)
+    options = {"scale": 0.4, "starts": starts, "window": window, "positions": positions}
+    torch.testing.assert_close(kernels.column_sums(query, keys, **options), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(reference.column_sums(query, keys, **options, rows=4), expected, atol=1e-5, rtol=1e-5)
