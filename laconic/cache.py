@@ -469,12 +469,14 @@ class KVLayer(CacheLayerMixin):
     def keep(self, slots: torch.Tensor) -> None:
         """Evicts all but ``slots``, int64 ``(batch, kv_heads or 1, kept)`` ascending; -1 is an empty slot."""
         self._catch_up()
-        self._keep(slots)
+        slots = self._keep(slots)
+        if self._index is not None:
+            self._index.keep(slots)
         self.slots.clear()
-        self._index = None
         self._blocks = {}
 
-    def _keep(self, slots: torch.Tensor) -> None:
+    def _keep(self, slots: torch.Tensor) -> torch.Tensor:
+        """Gives back ``slots`` without those in front that are empty in all rows and heads."""
         nothing = slots < 0
         if bool(nothing.any()):
             lead = int(nothing.sum(-1).min())  # empty in all rows and heads
@@ -487,6 +489,7 @@ class KVLayer(CacheLayerMixin):
         if bool(nothing.any()):
             self._positions.view().masked_fill_(nothing, EMPTY)
             self.padded = True
+        return slots
 
     def fold(self, slots: torch.Tensor) -> None:
         """Adds the entries at ``slots`` (batch, kv_heads, k), -1 for none, to what stands for the evicted ones."""
@@ -602,9 +605,11 @@ class KVLayer(CacheLayerMixin):
         return twin
 
     def _catch_up(self) -> None:
-        """Brings the keys before RoPE, which are written when somebody asks, to the length of all others."""
+        """Brings keys before RoPE and 8-bit keys, which are written when somebody asks, to the length of all others."""
         if "raw_keys" in self.tracks:
             _ = self.raw_keys
+        if self._index is not None:
+            self.key_index()
 
     def _close_gaps(self, count: int) -> None:
         """Moves empty slots among the newest ``count``, where rows of a batch differ, to the front, where all are expected."""

@@ -132,6 +132,15 @@ class EvictMethod(AttentionMethod):
         """Called after every forward, also when nothing is evicted: the place to accumulate."""
 
     @property
+    def attends(self) -> bool:
+        """Whether ``attend`` may take the place of ordinary attention."""
+        return False
+
+    def attend(self, layer: KVLayer, call: Call) -> tuple[torch.Tensor, int] | None:
+        """Output ``(batch, heads, new, head_dim)`` and the bytes of the cache that were read for it, for the score included;
+        None: ordinary attention."""
+
+    @property
     def watches(self) -> bool:
         """Whether ``observe`` looks at the keys in every step."""
         return type(self).observe is not EvictMethod.observe

@@ -59,6 +59,11 @@ class Policy:
             raise LaconicError(
                 f"{self.reweighter.id} changes weights that {self.shortener.id} does not compute: keep one of them."
             )
+        attending = [m for m in self.evictors if m.attends]
+        others = [m.id for m in (*attending[1:], *readers, *reweighters, *folders, *shorteners)]
+        if attending and others:
+            raise LaconicError(f"{attending[0].id} attends in its own way, which {others[0]} would change: use one of them.")
+        self.attending = attending[0] if attending else None
         self.measure = measure
         self.model: torch.nn.Module | None = None  # which model it serves, where a method has to know
 
@@ -69,20 +74,24 @@ class Policy:
         selection = self._select(layer, call)
         columns = self.reweighter.columns(layer, call) if self.reweighter is not None else None
         pairs: float | None = None  # of query and key; the share of a prompt's that was computed
-        if columns is not None:
+        own = self.attending.attend(layer, call) if self.attending is not None else None
+        if own is not None:
+            output, mass = own[0], None
+        elif columns is not None:
             output, mass = self._reweight(layer, call, selection, columns)
         elif call.decoding:
             output, mass = self._decode(layer, call, selection)
         else:
             (output, pairs), mass = self._chunk(layer, call, selection), None
-        read = self._bytes_read(layer, selection)
+        read = own[1] if own is not None else self._bytes_read(layer, selection)
         if self.reader is not None:
             read += self.reader.observe(layer, call) or 0
         for method in self.evictors:  # all see the cache that this step attended to, then the first one evicts
             method.observe(layer, call)
         for method in self.evictors:
             slots = method.keep(layer, call) if method.evicts(call) else None
-            if method.reads_keys and (slots is not None or method.watches):
+            counted = own is not None and method is self.attending
+            if method.reads_keys and not counted and (slots is not None or method.watches):
                 read += layer.keys.numel() * layer.keys.element_size()
             if slots is not None:
                 if self.measure:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from laconic import kernels
+from laconic.attention import heads
 from laconic.attention.base import Call, EvictMethod
 from laconic.cache import KVLayer
 from laconic.claims import Claim
@@ -17,6 +18,8 @@ from laconic.primitives.select import keep_top
 from laconic.registry import register
 
 SCORES, ALIVE = "spatten.scores", "spatten.alive"
+OUTPUTS, HEADS, STEP = "spatten.outputs", "spatten.heads", "spatten.step"
+WARM_HEADS = 0.3  # share of the layers, from the first on, that compute all heads where the mean allows
 
 
 @register
@@ -31,6 +34,12 @@ class SpAtten(EvictMethod):
     others keep at least half of the mean; from there on a line falls to the last layer. In a step every layer goes on
     forgetting down to its share.
 
+    Three more ways of the paper are off by default. ``heads`` below 1 drops query heads layer by layer in the same manner, by
+    the sum of the absolute values of their outputs over the prompt; a dropped head is not computed and gives 0, and a KV head
+    that serves no other is not read. A step goes by what the prompt left. With ``theta`` above 0 a step scores on 8-bit keys,
+    kept beside the cache, and reads the full keys for heads only whose largest probability is below it. With ``values`` below
+    1 every head of a step reads the values of its largest probabilities only.
+
     A forgotten token's output is its hidden state from where it left, which only matters to who reads logits of the prompt.
     Like H2O it loses facts that nothing attended to before they are asked for, and shallow layers decide for all.
     """
@@ -44,7 +53,14 @@ class SpAtten(EvictMethod):
     warm: float = parameter(0.15, "share of the layers, from the first on, that keep all tokens where the budget allows", least=0)
     slope: float = parameter(0.5, "the other layers fall from 1 + slope times their mean to 1 - slope times", least=0)
 
+    heads: float = parameter(1.0, "mean share of the query heads that layers compute; the first ones compute all", least=0)
+    theta: float = parameter(0.0, "full keys are read where no probability on 8-bit keys reaches this; 0: always", least=0)
+    values: float = parameter(1.0, "share of the entries whose values each head reads in a step", least=0)
+    renormalise: bool = parameter(False, "let the probabilities of the values that are read sum to 1 again")
+
     def check(self) -> None:
+        for name in ("heads", "values"):
+            self.require(0 < getattr(self, name) <= 1, f"{name} is a share: give more than 0 and at most 1.")
         self.require(self.warm <= 1, "warm is a share of the layers: give at most 1.")
         self.require(self.slope < 1, "slope=1 or more leaves the last layer without tokens: give less.")
         self.require(self.budget.shape == "uniform", "it spreads the budget over the layers itself: leave out 'pyramid:'.")
@@ -70,7 +86,11 @@ class SpAtten(EvictMethod):
         length = int(layer.lengths.max())
         if layer.index == 0:
             memory[ALIVE] = positions.new_ones(positions.shape[0], max(length, 1), dtype=torch.bool)
-        received = _received(layer, call).unflatten(1, (positions.shape[1], -1)).sum(2)
+        received = layer.memory.pop(STEP, None)
+        if received is None:
+            parts = heads.parts_of(self._chosen(layer, call), layer.heads)
+            received = heads.received(layer, call, _coming(layer, call), parts)
+        received = received.unflatten(1, (positions.shape[1], -1)).sum(2)
         scores = memory.get(SCORES)
         known = 0 if scores is None else scores.shape[1]
         if known < length:
@@ -101,6 +121,88 @@ class SpAtten(EvictMethod):
             gone = (coming < 0) | ~memory[ALIVE].gather(1, coming.clamp(min=0))
             layer.request.onward = coming.masked_fill(gone, -1).sort(dim=-1).values
         return slots
+
+    # --- heads, coarse keys and values ---
+    @property
+    def attends(self) -> bool:
+        return self.heads < 1 or self.theta > 0 or self.values < 1
+
+    def attend(self, layer: KVLayer, call: Call) -> tuple[torch.Tensor, int] | None:
+        chosen = self._chosen(layer, call)
+        parts = heads.parts_of(chosen, layer.heads)
+        if call.decoding and (self.theta > 0 or self.values < 1):
+            weights, read = self._weights(layer, call, chosen)
+            output, values_read = self._sum_values(layer, call, weights, parts)
+            if not self.budget.is_full:
+                layer.memory[STEP] = weights
+            return output, read + values_read
+        output = heads.attend(layer, call, parts)
+        if not call.decoding and self.heads < 1:
+            self._drop_heads(layer, call, chosen, output)
+        return output, heads.bytes_of(layer, parts, keys=1 if self.budget.is_full else 2)  # once more for the scores
+
+    def _chosen(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        """Query heads that this layer computes, boolean ``(batch, heads)``."""
+        everything = torch.ones(call.query.shape[:2], dtype=torch.bool, device=call.query.device)
+        if call.decoding or self.heads == 1:
+            return layer.memory.get(HEADS, everything)
+        return everything if layer.index == 0 else layer.request.memory.get(HEADS, everything)
+
+    def _drop_heads(self, layer: KVLayer, call: Call, chosen: torch.Tensor, output: torch.Tensor) -> None:
+        """Adds up what heads put out, and says which of those of this layer the next one computes."""
+        memory = layer.request.memory
+        layer.memory[HEADS] = chosen
+        real = (_coming(layer, call) >= 0)[:, None, :, None]
+        total = memory[OUTPUTS] = memory.get(OUTPUTS, 0) + (output.float().abs() * real).sum((2, 3))
+        share = schedule(self.heads, layer.layers, WARM_HEADS, self.slope)[min(layer.index + 1, layer.layers - 1)]
+        count = max(1, math.floor(share * chosen.shape[1] + 1e-9))
+        best = kernels.topk(total.masked_fill(~chosen, float("-inf"))[:, None], min(count, int(chosen.sum(-1).min())))[:, 0]
+        memory[HEADS] = torch.zeros_like(chosen).scatter(1, best, True)
+
+    def _weights(self, layer: KVLayer, call: Call, chosen: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Probabilities ``(batch, heads, n)`` of a step, 0 for heads that are not ``chosen``, and the bytes of keys read."""
+        starts = layer.starts(call.window)
+        weights = torch.zeros(*call.query.shape[:2], layer.n, device=call.query.device)
+        read, unsure = 0, chosen
+        if self.theta > 0:
+            index, used = layer.key_index(), chosen.unflatten(1, (layer.heads, -1)).any(-1)
+            first = torch.zeros_like(used, dtype=torch.int64) if starts is None else starts
+            weights = kernels.vote(
+                call.last, layer.keys, scale=call.scale, softcap=call.softcap, index=index, over="head",
+                starts=first.masked_fill(~used, layer.n),
+            ) * chosen[..., None]  # fmt: skip
+            read += index.bytes * int(used.sum()) // used.numel()
+            unsure = chosen & (weights.amax(-1) < self.theta)
+        exact = heads.parts_of(unsure, layer.heads)
+        for part in exact:
+            part.put(weights, heads.probabilities(layer, call, part, starts))
+        return weights, read + heads.bytes_of(layer, exact, values=0)
+
+    def _sum_values(
+        self, layer: KVLayer, call: Call, weights: torch.Tensor, parts: list[heads.Part]
+    ) -> tuple[torch.Tensor, int]:
+        """Output ``(batch, heads, 1, head_dim)`` and the bytes of values read."""
+        batch, count, _ = weights.shape
+        output = call.query.new_zeros(batch, count, 1, layer.values.shape[-1])
+        if self.values == 1:
+            for part in parts:
+                values = part.of(layer.values)
+                grouped = weights[part.rows][:, part.heads].unflatten(1, (values.shape[1], -1))
+                part.put(output, (grouped.to(values.dtype) @ values).flatten(1, 2)[:, :, None])
+            return output, heads.bytes_of(layer, parts, keys=0)
+        read, kept = 0, max(1, math.floor(self.values * layer.n + 1e-9))
+        owner = torch.arange(count, device=weights.device) // (count // layer.heads)
+        for part in parts:
+            own = weights[part.rows][:, part.heads]
+            slots = kernels.topk(own, kept)
+            own = own.gather(-1, slots)
+            if self.renormalise:
+                own = own / own.sum(-1, keepdim=True)
+            row = torch.arange(batch, device=weights.device)[part.rows, None, None]
+            values = layer.values[row, owner[part.heads][:, None], slots]
+            part.put(output, own[:, :, None].to(values.dtype) @ values)
+            read += values.numel() * values.element_size()
+        return output, read
 
 
 def schedule(mean: float, layers: int, warm: float, slope: float) -> list[float]:
@@ -134,24 +236,6 @@ def _starts(layer: KVLayer, call: Call, coming: torch.Tensor) -> torch.Tensor | 
     first = coming.masked_fill(coming < 0, coming.max()).amin(-1)  # of the real ones, which ascend
     hidden = layer.shared_positions < (first - call.window + 1).clamp(min=0)[:, None, None]
     return hidden.sum(-1).expand(-1, layer.heads)
-
-
-def _received(layer: KVLayer, call: Call) -> torch.Tensor:
-    """Attention probability that each entry receives in this call, ``(batch, heads, n)``; empty slots receive 0."""
-    options = {"scale": call.scale, "softcap": call.softcap}
-    if call.decoding:
-        return kernels.column_sums(call.query, layer.keys, starts=layer.starts(call.window), **options)
-    starts, pads = layer.starts(), (_coming(layer, call) < 0).sum(-1).tolist()
-    options |= {"window": call.window, "positions": layer.shared_positions}
-    if not any(pads):
-        return kernels.column_sums(call.query, layer.keys, starts=starts, **options)
-    received = call.query.new_zeros(*call.query.shape[:2], layer.n, dtype=torch.float32)
-    for row, pad in enumerate(pads):  # rows of padding give nothing
-        one = slice(row, row + 1)
-        if pad < call.query.shape[2]:
-            options["positions"] = layer.shared_positions[one]
-            received[one] = kernels.column_sums(call.query[one, :, pad:], layer.keys[one], starts=starts[one], **options)
-    return received
 
 
 def _pick(table: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

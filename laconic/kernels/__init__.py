@@ -92,11 +92,11 @@ def vote(
     With ``index`` the logits come from its 8-bit keys and ``keys`` are not read.
 
     Returns:
-        float32 ``(batch, 1, n)`` over all heads of the layer, or ``(batch, kv_heads, n)`` with ``over="group"``; 0 outside
-        the candidates.
+        float32 ``(batch, 1, n)`` over all heads of the layer, ``(batch, kv_heads, n)`` with ``over="group"``, or
+        ``(batch, heads, n)`` with ``over="head"``, which sums nothing; 0 outside the candidates.
     """
-    if over not in ("layer", "group"):
-        raise LaconicError(f"vote: over='{over}' is unknown: use layer or group.")
+    if over not in ("layer", "group", "head"):
+        raise LaconicError(f"vote: over='{over}' is unknown: use layer, group or head.")
     if index is not None:
         if query.device.type == "cpu":
             from laconic.kernels import cpu_index

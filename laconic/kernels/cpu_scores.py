@@ -96,9 +96,17 @@ def vote_space(heads: tuple[int, ...], n: int, stop: int) -> tuple[np.ndarray, n
 
 
 def tally(weights, tops, sums, group, first, stop, n, over):
-    """Votes from the weights that the chunks left, float32 ``(batch, 1 or kv_heads, n)``."""
+    """Votes from the weights that the chunks left, float32 ``(batch, 1, kv_heads or heads, n)``."""
     shares = factors(torch.from_numpy(tops), torch.from_numpy(sums)).numpy()
     batch, kv_heads = weights.shape[:2]
+    if over == "head":
+        votes = torch.zeros(batch, kv_heads, group, n)
+        for b, h in np.ndindex(batch, kv_heads):
+            begin = int(first[b, h])
+            if begin < stop:
+                own = torch.from_numpy(shares[b, h, :group]).repeat_interleave(CHUNK, -1)[:, begin:stop]
+                torch.mul(torch.from_numpy(weights[b, h, :group, begin:stop]), own, out=votes[b, h, :, begin:stop])
+        return votes.flatten(1, 2)
     votes = np.zeros((batch, 1 if over == "layer" else kv_heads, n), np.float32)
     _gather_votes(weights, shares, group, first, stop, votes)
     return torch.from_numpy(votes)

@@ -319,7 +319,10 @@ def _votes(query, memory, strides, shape, scale, stop, over, softcap, ragged):
     best = tops.amax(-1, keepdim=True)
     best = best.masked_fill(best == float("-inf"), 0.0)
     total = ((tops - best).exp() * sums).sum(-1, keepdim=True).clamp(min=1e-38)
-    votes = ((weights - best).exp() / total).sum(2)
+    shares = (weights - best).exp() / total
+    if over == "head":
+        return shares.flatten(1, 2)
+    votes = shares.sum(2)
     return votes.sum(1, keepdim=True) if over == "layer" else votes
 
 

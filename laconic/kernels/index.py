@@ -30,11 +30,27 @@ class KeyIndex:
 
     def append(self, keys: torch.Tensor) -> None:
         """Adds the keys of new tokens, ``(batch, kv_heads, new, head_dim)``."""
-        batch, heads, new, dim = keys.shape
-        self._reserve(self.n + new)
         keys = keys.float()
         scales = keys.abs().amax(-1).clamp(min=1e-12) / 127
-        codes = ((keys / scales[..., None]).round() + ZERO).to(torch.uint8).view(batch, heads, new, dim // QUAD, QUAD)
+        codes = ((keys / scales[..., None]).round() + ZERO).to(torch.uint8)
+        self._write(codes.unflatten(-1, (-1, QUAD)), scales)
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Forgets all but ``slots``, int64 ``(batch, kv_heads or 1, kept)``; what stands at -1 does not matter."""
+        batch, heads = self.scales.shape[:2]
+        slots = slots.clamp(min=0).expand(-1, heads, -1)
+        row, head = torch.arange(batch, device=slots.device)[:, None, None], torch.arange(heads, device=slots.device)[:, None]
+        codes = self.data.unflatten(4, (TILE, QUAD))[row, head, slots // TILE, :, slots % TILE]
+        scales, kept = self.scales.gather(2, slots), slots.shape[2]
+        if 2 * (kept + TILE) < self.scales.shape[2]:
+            self.data, self.scales = self.data[:, :, :0], self.scales[:, :, :0]
+        self.n = 0
+        self._write(codes, scales)
+
+    def _write(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Appends bytes ``(batch, kv_heads, new, head_dim / 4, 4)`` and their scales ``(batch, kv_heads, new)``."""
+        new = codes.shape[2]
+        self._reserve(self.n + new)
         self.scales[:, :, self.n : self.n + new] = scales
         done = 0
         while done < new:

@@ -63,7 +63,10 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=No
         logits = logits.masked_fill((slot < starts[..., None])[:, :, None], NEGATIVE)
     if stop is not None:
         logits = logits.masked_fill(slot >= stop, NEGATIVE)
-    votes = logits.softmax(-1).nan_to_num(0.0).sum(2)
+    shares = logits.softmax(-1).nan_to_num(0.0)
+    if over == "head":
+        return shares.flatten(1, 2)
+    votes = shares.sum(2)
     return votes.sum(1, keepdim=True) if over == "layer" else votes
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attend import SCALE, Run, random_qkv
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import build, generate, prompt, shared
@@ -13,8 +14,10 @@ from tiny import build, generate, prompt, shared
 import laconic
 from laconic import LaconicError, get
 from laconic.attention.base import Call
+from laconic.attention.engine import Policy
 from laconic.attention.spatten import schedule
 from laconic.cache import KVLayer
+from laconic.kernels.index import KeyIndex
 from laconic.layers import decoder_layers
 
 PADS, LENGTH = (0, 12), 50
@@ -208,3 +211,103 @@ def test_bad_input_is_refused() -> None:
         assert "\n" not in str(error.value)
     with laconic.apply(shared(), "spatten(sinks=4, recent=16):20%"), pytest.raises(LaconicError, match="always kept"):
         generate(shared(), prompt(1, 60), 2)
+
+
+# --- coarse keys, values and heads -----------------------------------------------------------------------------------
+def step(recipe: str, qkv: list[torch.Tensor], pads: tuple[int, ...] = ()) -> tuple[torch.Tensor, int]:
+    """Output (batch, heads, dim) of the last token's step, and the bytes that it read."""
+    n = qkv[0].shape[2]
+    run = Run(recipe, qkv, n - 1, pads=pads)
+    run.piece(0, n - 1)
+    output = run.piece(n - 1, n)[:, :, 0]
+    return output, run.layer.request.figures[0]["bytes_read"]
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (0, 9)])
+def test_a_high_threshold_reads_all_keys_and_a_low_one_their_bytes(pads: tuple[int, int]) -> None:
+    qkv = random_qkv(60, seed=2)
+    dense, whole = step("dense", qkv, pads)
+    exact, read = step("spatten(theta=1.1)", qkv, pads)
+    torch.testing.assert_close(exact, dense, atol=1e-5, rtol=1e-5)
+    assert read == whole + 2 * 2 * 60 * (8 + 4)  # the bytes first, and then everything
+    rough, few = step("spatten(theta=0.000001)", qkv, pads)
+    torch.testing.assert_close(rough, dense, atol=0.05, rtol=0.05)
+    assert not torch.equal(rough, dense) and few == whole // 2 + 2 * 2 * 60 * (8 + 4)  # values, and the bytes of keys
+    reads = [step(f"spatten(theta={theta})", qkv, pads)[1] for theta in (0.05, 0.1, 0.2, 0.4, 0.8, 1.1)]
+    assert reads == sorted(reads) and reads[0] < reads[-1] and len(set(reads)) > 2
+
+
+def test_heads_that_are_sure_on_bytes_are_left_at_that() -> None:
+    """A head whose largest probability on 8-bit keys reaches the threshold keeps these probabilities, the others are exact."""
+    qkv, theta = random_qkv(40, seed=7), 0.25
+    output, _ = step(f"spatten(theta={theta})", qkv)
+    query = qkv[0][:, :, -1]
+    unit = query.abs().amax(-1, keepdim=True) / 127
+    rough_keys = KeyIndex(qkv[1]).keys()
+    kinds = set()
+    for row, head in itertools.product(range(2), range(4)):
+        coarse = (rough_keys[row, head // 2] @ ((query / unit).round() * unit)[row, head] * SCALE).softmax(0)
+        fine = (qkv[1][row, head // 2] @ query[row, head] * SCALE).softmax(0)
+        sure = float(coarse.max()) >= theta
+        kinds.add(sure)
+        expected = (coarse if sure else fine) @ qkv[2][row, head // 2]
+        torch.testing.assert_close(output[row, head], expected, atol=1e-4, rtol=1e-4)
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_every_head_reads_the_values_of_its_largest_probabilities(renormalise: bool) -> None:
+    qkv = random_qkv(41, seed=3)
+    output, read = step(f"spatten(values=0.25, renormalise={str(renormalise).lower()})", qkv)
+    for row, head in itertools.product(range(2), range(4)):
+        weights = (qkv[1][row, head // 2] @ qkv[0][row, head, -1] * SCALE).softmax(0)
+        best = weights.topk(10).indices
+        share = weights[best] / (weights[best].sum() if renormalise else 1)
+        torch.testing.assert_close(output[row, head], share @ qkv[2][row, head // 2, best], atol=1e-5, rtol=1e-5)
+    assert read == 2 * (2 * 41 + 4 * 10) * 8 * 4  # keys of two KV heads, and ten values for each of four query heads
+
+
+def test_dropped_heads_are_zero_stay_dropped_and_are_not_read() -> None:
+    model, inputs = deep(layers=4, num_attention_heads=8, num_key_value_heads=4, hidden_size=64), prompt(2, 40, pads=(0, 9))
+    seen: list[torch.Tensor] = []
+
+    def look(_: Any, args: Any) -> None:
+        seen.append(args[0].unflatten(-1, (8, -1)).abs().amax(-1))
+
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(look) for layer in decoder_layers(model)]
+    with laconic.apply(model, "spatten(heads=0.5)") as handle:
+        generate(model, inputs, 4)
+        read = [figure["bytes_read"] for figure in handle._cache.request.figures.values()]
+    for hook in hooks:
+        hook.remove()
+    alive = [(out[:, -1] > 0).tolist() for out in seen]  # of the last token, per row and head
+    whole = 2 * 4 * 8 * 4 * 2 * 43  # bytes of a layer: rows, KV heads, dims, size, keys and values, tokens
+    for row in range(2):
+        layers = [alive[i][row] for i in range(4)]
+        for before, after in itertools.pairwise(layers):
+            assert all(a or not b for a, b in zip(before, after, strict=True))  # nested
+        assert all(layers[0]) and sum(layers[3]) < 8
+        for i in range(4):
+            assert all(alive[4 * s + i][row] == layers[i] for s in range(4))  # steps go by what the prompt left
+    assert sum(sum(alive[i][0]) for i in range(4)) / 32 == pytest.approx(0.5, abs=0.13)
+    assert read[0] == whole and read[3] < whole
+    idle = [kv for kv in range(4) if not any(alive[3][row][2 * kv + g] for row in range(2) for g in range(2))]
+    assert read[3] <= whole * (4 - len(idle)) / 4
+
+
+@pytest.mark.parametrize("recipe", ["spatten(recent=4, heads=0.5):50%", "spatten(recent=4, theta=0.2):50%", "spatten(recent=4, values=0.5):50%"])
+def test_the_three_ways_go_with_the_cascade(recipe: str) -> None:
+    model, inputs = deep(), prompt(2, LENGTH, pads=PADS)
+    with laconic.apply(model, recipe):
+        together = generate(model, inputs, 6, return_dict_in_generate=True, output_logits=True)
+        alone = generate(model, {"input_ids": inputs["input_ids"][1:, 12:]}, 6, return_dict_in_generate=True, output_logits=True)
+    for a, b in zip(together.logits, alone.logits, strict=True):
+        torch.testing.assert_close(a[1], b[0], atol=1e-3, rtol=1e-3)
+    for a, b in zip(together.past_key_values.layers, alone.past_key_values.layers, strict=True):
+        assert [p for p in a.positions[1, 0].tolist() if p >= 0] == [p for p in b.positions[0, 0].tolist() if p >= 0]
+
+
+@pytest.mark.parametrize("other", ["tokenselect:8", "act", "spatten(theta=0.3):50%", "dhsa(borders=fixed)"])
+def test_one_method_attends_in_its_own_way(other: str) -> None:
+    with pytest.raises(LaconicError, match="spatten attends in its own way"):
+        Policy(laconic.Recipe.parse(f"spatten(theta=0.2):50% + {other}").methods)

@@ -26,7 +26,15 @@ def test_growing_gives_the_same_index(keys):
     assert bool(((at_once.keys() - keys).abs() <= 0.501 * step).all())
 
 
-@pytest.mark.parametrize("over", ["layer", "group"])
+def test_keeping_some_is_the_index_of_those(keys):
+    slots = torch.rand(2, 2, 1100, generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :300].sort(-1).values
+    index, kept = KeyIndex(keys), keys.gather(2, slots[..., None].expand(-1, -1, -1, 24))
+    index.keep(slots)
+    index.append(keys[:, :, :7])
+    assert torch.equal(index.keys(), KeyIndex(torch.cat([kept, keys[:, :, :7]], 2)).keys()) and index.scales.shape[2] < 700
+
+
+@pytest.mark.parametrize("over", ["layer", "group", "head"])
 @pytest.mark.parametrize("heads", [2, 6, 12])
 def test_vote_on_bytes(keys, over, heads):
     index = KeyIndex(keys)
@@ -38,7 +46,7 @@ def test_vote_on_bytes(keys, over, heads):
     torch.testing.assert_close(kernels.vote(query, keys, index=index, **options), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("over", ["layer", "group"])
+@pytest.mark.parametrize("over", ["layer", "group", "head"])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_vote_on_bytes_on_the_gpu(keys, over, softcap):
     pytest.importorskip("triton", reason="the GPU kernels need triton")

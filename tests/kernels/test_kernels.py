@@ -222,7 +222,7 @@ def test_heads_of_different_lengths(fast, shape, dtype):
         for module in (fast, reference):
             got = module.decode_attention(query, *ragged, **options)
             close(got, reference.decode_attention(query, keys, values, **whole), dtype)
-            for over in ("layer", "group"):
+            for over in ("layer", "group", "head"):
                 got = module.vote(query, ragged[0], stop=n - 1, over=over, **options)
                 close([got], [reference.vote(query, keys, stop=n - 1, over=over, **whole)], dtype)
             got = module.column_sums(query[:, :, None], ragged[0], **options)
