@@ -14,7 +14,7 @@ from laconic.attention.base import Call, EvictMethod
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.primitives.select import keep_top
+from laconic.primitives.select import best, keep_top
 from laconic.registry import register
 
 SCORES, ALIVE = "spatten.scores", "spatten.alive"
@@ -190,18 +190,20 @@ class SpAtten(EvictMethod):
                 grouped = weights[part.rows][:, part.heads].unflatten(1, (values.shape[1], -1))
                 part.put(output, (grouped.to(values.dtype) @ values).flatten(1, 2)[:, :, None])
             return output, heads.bytes_of(layer, parts, keys=0)
-        read, kept = 0, max(1, math.floor(self.values * layer.n + 1e-9))
-        owner = torch.arange(count, device=weights.device) // (count // layer.heads)
+        starts = layer.starts(call.window)
+        visible = layer.n - (torch.zeros(batch, 1, dtype=torch.int64) if starts is None else starts.cpu()).amin(-1)
+        kept = (self.values * visible.double() + 1e-9).long().clamp(min=1)
+        owner, read = torch.arange(count, device=weights.device) // (count // layer.heads), 0
         for part in parts:
             own = weights[part.rows][:, part.heads]
-            slots = kernels.topk(own, kept)
-            own = own.gather(-1, slots)
+            slots = best(own, kept[part.rows].to(own.device))
+            own = own.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
             if self.renormalise:
                 own = own / own.sum(-1, keepdim=True)
             row = torch.arange(batch, device=weights.device)[part.rows, None, None]
-            values = layer.values[row, owner[part.heads][:, None], slots]
+            values = layer.values[row, owner[part.heads][:, None], slots.clamp(min=0)]
             part.put(output, own[:, :, None].to(values.dtype) @ values)
-            read += values.numel() * values.element_size()
+            read += int((slots >= 0).sum()) * values.shape[-1] * values.element_size()
         return output, read
 
 
