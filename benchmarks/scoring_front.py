@@ -23,13 +23,13 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(cases), figsize=(4.2 * len(cases), 4.2), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
         dense = case["dense_bytes"]
-        ours = [row for row in case["rows"] if not row["paper"]]
+        ours = [row for row in case["rows"] if not row["known"]]
         front = sorted((row["bytes"] / dense, row["recall"]) for row in case["rows"] if row["front"])
         axis.step(*zip(*front, strict=True), where="post", color="0.8", linewidth=5, label="front")
         axis.scatter([r["bytes"] / dense for r in ours], [r["recall"] for r in ours], s=14, label="coarse_to_fine")
-        for row in (row for row in case["rows"] if row["paper"]):
+        for row in (row for row in case["rows"] if row["known"]):
             axis.scatter([row["bytes"] / dense], [row["recall"]], marker="D", s=30, color="tab:red")
-            axis.annotate(row["paper"], (row["bytes"] / dense, row["recall"]), xytext=(5, -9), textcoords="offset points")
+            axis.annotate(row["known"], (row["bytes"] / dense, row["recall"]), xytext=(5, -9), textcoords="offset points")
         axis.set(xscale="log", xlabel="bytes read per step, share of dense", title=case["case"].replace("_", " "))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("recall of the best tokens' attention")
@@ -44,11 +44,11 @@ def table(cases: list[dict[str, Any]]) -> str:
     lines = ["| case | published | recall | read | found by | recall | read |", "|---|---|---|---|---|---|---|"]
     for case in cases:
         rows = {row["recipe"]: row for row in case["rows"]}
-        for row in (row for row in case["rows"] if row["paper"]):
-            better = rows.get(case["beaten_by"][row["paper"]])
+        for row in (row for row in case["rows"] if row["known"]):
+            better = rows.get(case["beaten_by"][row["known"]])
             cells = [f"{part['recall']:.3f} | {part['bytes'] / case['dense_bytes']:.3f}" for part in (row, better) if part]
             name = f"`{better['recipe'].rsplit(':', 1)[0]}` | {cells[1]}" if better else "nothing here | – | –"
-            lines.append(f"| {case['case'].replace('_', ' ')} | `{row['paper']}` | {cells[0]} | {name} |")
+            lines.append(f"| {case['case'].replace('_', ' ')} | `{row['known']}` | {cells[0]} | {name} |")
     return "\n".join(lines)
 
 

@@ -126,19 +126,29 @@ class _Agreement(Policy):
     def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
         output = super().attend(layer, call)
         rows = min(QUERIES, call.query.shape[2] // 2)
-        query, keys = call.query[0, :, -rows:].float(), layer.keys[0].float()
-        group, (n, dim) = query.shape[0] // keys.shape[0], keys.shape[1:]
-        own = torch.arange(n - rows, n, device=keys.device)[:, None]
-        hidden = torch.arange(n, device=keys.device) > own
-        top = max(1, min(256, (n - rows) // 4))
-        table = torch.zeros(keys.shape[0], dim // 2)
-        for head in range(query.shape[0]):
-            mine, held = query[head], keys[head // group]
-            whole = (mine @ held.T).masked_fill(hidden, float("-inf")).topk(top, dim=-1).indices
-            marks = torch.zeros_like(hidden).scatter(1, whole, True)
-            for pair in range(dim // 2):
-                dims = pair_dimensions(torch.tensor([pair]), dim, self.layout)
-                part = (mine[:, dims] @ held[:, dims].T).masked_fill(hidden, float("-inf")).topk(top, dim=-1).indices
-                table[head // group, pair] += float(marks.gather(1, part).float().mean()) / group
+        table = pair_agreement(call.query[0, :, -rows:], layer.keys[0], self.layout)
         self.found[layer.index] = self.found.get(layer.index, 0) + table
         return output
+
+
+def pair_agreement(query: torch.Tensor, keys: torch.Tensor, layout: str) -> torch.Tensor:
+    """How far each pair of dimensions alone chooses what all do (see ``FASA.calibrate``), ``(kv_heads, head_dim / 2)``, 0 to 1.
+
+    Args:
+        query: ``(heads, rows, head_dim)``, those of the last tokens; keys: ``(kv_heads, n, head_dim)``.
+    """
+    query, keys = query.float(), keys.float()
+    group, rows, (n, dim) = query.shape[0] // keys.shape[0], query.shape[1], keys.shape[1:]
+    own = torch.arange(n - rows, n, device=keys.device)[:, None]
+    hidden = torch.arange(n, device=keys.device) > own
+    top = max(1, min(256, (n - rows) // 4))
+    table = torch.zeros(keys.shape[0], dim // 2)
+    for head in range(query.shape[0]):
+        mine, held = query[head], keys[head // group]
+        whole = (mine @ held.T).masked_fill(hidden, float("-inf")).topk(top, dim=-1).indices
+        marks = torch.zeros_like(hidden).scatter(1, whole, True)
+        for pair in range(dim // 2):
+            dims = pair_dimensions(torch.tensor([pair]), dim, layout)
+            part = (mine[:, dims] @ held[:, dims].T).masked_fill(hidden, float("-inf")).topk(top, dim=-1).indices
+            table[head // group, pair] += float(marks.gather(1, part).float().mean()) / group
+    return table

@@ -98,9 +98,9 @@ class KeyIndex:
 
     def bytes_of(self, slots: torch.Tensor) -> int:
         """Bytes that the logits of ``slots`` (batch, kv_heads, k), ascending, -1 for none, read: whole tiles."""
-        tiles = (slots // TILE).masked_fill(slots < 0, -1)
-        first = torch.full_like(tiles[..., :1], -1)
-        return int((tiles.diff(dim=-1, prepend=first) > 0).sum()) * TILE * self._width
+        tiles = slots // TILE  # -1 stays
+        first = int((tiles[..., :1] >= 0).sum())
+        return (first + int((tiles[..., 1:] > tiles[..., :-1]).sum())) * TILE * self._width
 
     @property
     def _width(self) -> int:

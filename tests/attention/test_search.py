@@ -99,6 +99,24 @@ def test_every_stage_scores_what_the_one_before_it_left(seed: int, block_over: f
             assert got[row][head] == best(coarse, keys, budget)
 
 
+@pytest.mark.parametrize("pad", [9, 41])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        f"hisa(block=4, oversample=2, {ENDS}):20%",
+        f"quest(page=4, {ENDS}):20%",
+        f"fasa(pairs=2, {ENDS}):20%",
+        f"coarse_to_fine(block=4, block_oversample=3, int8_oversample=1.5, pairs=3, exact=true, {ENDS}):20%",
+    ],
+)
+def test_a_share_in_a_padded_row_is_that_of_the_row_alone(recipe: str, pad: int) -> None:
+    """Rows of different lengths have different budgets, in every stage."""
+    qkv = random_qkv(90, seed=2)
+    together, _ = reads(recipe, qkv, (0, pad))
+    alone, _ = reads(recipe, [part[1:, :, pad:] for part in qkv])
+    assert [[slot - pad for slot in head] for head in together[1]] == alone[0]
+
+
 def test_bytes_are_those_of_what_each_stage_scores() -> None:
     qkv = random_qkv(200)
     _, flat = reads(f"coarse_to_fine(block=0, int8=false, exact=true, {ENDS}):20", qkv)
