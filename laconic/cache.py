@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from laconic import kernels
+from laconic.buffers import Buffer, RaggedBuffer, kept, locate, take
 from laconic.errors import LaconicError
 from laconic.kernels.blocks import KeyBlocks
 from laconic.kernels.index import KeyIndex
-from laconic.kernels.memory import empty
-from laconic.kernels.ragged import SPARE, Places, Ragged, dense
+from laconic.kernels.ragged import Ragged, dense
+from laconic.primitives.select import marked
 
 if TYPE_CHECKING:
     from laconic.attention.engine import Policy
@@ -21,201 +21,6 @@ if TYPE_CHECKING:
 
 EMPTY = -1  # the position of a slot that holds no token (left padding, or a head that keeps fewer entries than others)
 SAVES = 1 / 8  # share of a layer that has to be empty slots for its heads to be stored in their own lengths
-
-
-class Buffer:
-    """A tensor ``(batch, heads, n, ...)`` that grows along n: memory doubles, appending is amortised O(new), reads are views."""
-
-    def __init__(self, first: torch.Tensor, reserve: int = 0) -> None:
-        self.n, self._begin = 0, 0
-        count = first.shape[2]
-        capacity = max(reserve, count + max(64, count // 8))  # room for an answer, before the first doubling
-        self._data = empty((*first.shape[:2], capacity, *first.shape[3:]), first.dtype, first.device)
-        self.append(first)
-
-    def append(self, new: torch.Tensor) -> None:
-        end = self.n + new.shape[2]
-        if self._begin + end > self.capacity:
-            # what has forgotten its front moves there and stays at its size; what has not is growing
-            self._reallocate(end + max(64, end // 8) if self._begin else max(end, 2 * self.capacity))
-        self._data[:, :, self._begin + self.n : self._begin + end] = new
-        self.n = end
-
-    def view(self) -> torch.Tensor:
-        return self._data[:, :, self._begin : self._begin + self.n]
-
-    def keep(self, slots: torch.Tensor) -> None:
-        """Keeps ``slots`` (batch, heads or 1, k) in that order and gives the memory of the others back."""
-        count = slots.shape[2]
-        if 2 * count < self.capacity or slots.shape[1] > self._data.shape[1]:
-            self._data, self._begin = take(self.view(), slots), 0
-        else:  # nearly the same size, as in every decode step at a fixed budget: stay in place
-            kernels.compact(self.view(), slots)
-        self.n = count
-
-    def drop_front(self, count: int) -> None:
-        """Forgets the first ``count`` entries of every row and head; their memory is given back when it is a good part."""
-        self._begin, self.n = self._begin + count, self.n - count
-        if 2 * self._begin > self.capacity:
-            self._reallocate(self.n + max(64, self.n // 8))
-
-    def shift(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies the entries at slots ``source`` (batch, heads, k) to slots ``target`` of the same row and head."""
-        view = self.view()
-        index = target if view.dim() == 3 else target[..., None].expand(*target.shape, view.shape[-1])
-        view.scatter_(2, index, take(view, source))
-
-    def crop(self, n: int) -> None:
-        self.n = n
-
-    def rows(self, index: torch.Tensor) -> None:
-        """Picks rows of the batch (beams); keeps the capacity."""
-        picked = self.view().index_select(0, index.to(self._data.device))
-        data = empty((picked.shape[0], *self._data.shape[1:]), picked.dtype, picked.device)
-        data[:, :, : self.n] = picked
-        self._data, self._begin = data, 0
-
-    def copy(self) -> Buffer:
-        twin = object.__new__(Buffer)
-        twin.n, twin._begin, twin._data = self.n, 0, self.view().clone()
-        return twin
-
-    @property
-    def capacity(self) -> int:
-        return self._data.shape[2]
-
-    def _reallocate(self, capacity: int) -> None:
-        data = empty((*self._data.shape[:2], capacity, *self._data.shape[3:]), self._data.dtype, self._data.device)
-        data[:, :, : self.n] = self.view()
-        self._data, self._begin = data, 0
-
-
-class RaggedBuffer:
-    """As ``Buffer``, for entries ``(batch, heads, n, dim)`` of which each row and head stores only those from its first slot on.
-
-    All of them stand in one piece of memory, each row and head with the same room to grow.
-
-    Args:
-        entries: ``(total, dim)``: what is stored, row by row and head by head.
-        starts: int64 ``(batch, heads)``: the first slot that each stores; n: slots of the longest.
-    """
-
-    def __init__(self, entries: torch.Tensor, starts: torch.Tensor, n: int) -> None:
-        self.n, self.starts = n, starts
-        self._move(entries, room=64)
-
-    def _move(self, entries: torch.Tensor, room: int) -> None:
-        """Puts ``entries`` into memory of their own, with room for so many more slots."""
-        places = Places.of(self.starts, self.n, room)
-        self._first, self._room = places.bases + self.starts, self.n - self.starts + room
-        self._data = empty((places.total, entries.shape[1]), entries.dtype, entries.device)
-        self._data[:SPARE] = 0
-        self._data[self._places()] = entries
-
-    def _places(self) -> torch.Tensor:
-        """Where in memory the entries stand, row by row and head by head."""
-        slot = torch.arange(self.n, device=self._data.device)
-        return ((self._first - self.starts)[..., None] + slot)[slot >= self.starts[..., None]]
-
-    def append(self, new: torch.Tensor) -> None:
-        count = new.shape[2]
-        if bool((self.n - self.starts + count > self._room).any()):
-            entries = self._data[self._places()]
-            self._move(entries, room=max(count, len(entries) // (8 * self.starts.numel())) + 64)
-        slot = torch.arange(self.n, self.n + count, device=new.device)
-        self._data[(self._first - self.starts)[..., None] + slot] = new
-        self.n += count
-
-    def view(self) -> Ragged:
-        return Ragged(self._data, self._first - self.starts, self.starts, self.n)
-
-    def keep(self, slots: torch.Tensor) -> None:
-        """Keeps ``slots`` (batch, heads, k), -1 in front where fewer, and gives the memory of the others back."""
-        view, starts = self.view(), (slots < 0).sum(-1)
-        count = int((slots >= 0).sum())
-        if len(self._data) > 2 * count:
-            entries = pick(view, slots)
-            self.n, self.starts = slots.shape[2], starts
-            self._move(entries, room=64)
-        else:  # nearly the same size, as in every decode step at a fixed budget: stay in place
-            self.n, self.starts = slots.shape[2], starts
-            kernels.compact(view, slots, self._first - starts)
-
-    def drop_front(self, count: int) -> None:
-        """Forgets the first ``count`` slots of every row and head; their memory goes with the next move."""
-        self.front(self.starts.clamp(min=count))
-        self.n, self.starts = self.n - count, self.starts - count
-
-    def shift(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies the entries at slots ``source`` (batch, heads, k) to slots ``target`` of the same row and head."""
-        base = (self._first - self.starts)[..., None]
-        self._data[base + target] = self._data[base + source]
-
-    def front(self, starts: torch.Tensor) -> None:
-        """Forgets the slots before ``starts`` (batch, heads); their memory goes with the next move."""
-        self._room = self._room - (starts - self.starts)
-        self._first, self.starts = self._first + starts - self.starts, starts
-
-    def crop(self, n: int) -> None:
-        starts = self.starts.clamp(max=n)
-        self._first, self.n, self.starts = self._first + starts - self.starts, n, starts
-
-    def rows(self, index: torch.Tensor) -> None:
-        """Picks rows of the batch (beams)."""
-        view, index = self.view(), index.to(self._data.device)
-        picked = Ragged(view.data, view.bases[index], view.starts[index], view.n)
-        slot = torch.arange(self.n, device=index.device).expand(*picked.shape[:3])
-        self.starts = picked.starts
-        self._move(pick(picked, torch.where(slot >= picked.starts[..., None], slot, -1)), room=64)
-
-    def copy(self) -> RaggedBuffer:
-        return RaggedBuffer(self._data[self._places()], self.starts.clone(), self.n)
-
-
-def kept(buffer: Buffer | RaggedBuffer, slots: torch.Tensor, ragged: bool) -> Buffer | RaggedBuffer:
-    """``buffer`` with the entries ``slots`` (batch, heads or 1, k) only; each head in its own length if ``ragged``."""
-    view = buffer.view()
-    if ragged and len(view.shape) == 4:
-        slots = slots.expand(-1, view.shape[1], -1)
-        if not isinstance(buffer, RaggedBuffer):
-            return RaggedBuffer(pick(view, slots), (slots < 0).sum(-1), slots.shape[2])
-    elif isinstance(buffer, RaggedBuffer):
-        return Buffer(take(view, slots))
-    buffer.keep(slots)
-    return buffer
-
-
-def pick(tensor: torch.Tensor | Ragged, slots: torch.Tensor) -> torch.Tensor:
-    """The entries at those of ``slots`` (batch, heads, k) that are not -1, row by row and head by head: ``(total, dim)``."""
-    real = slots >= 0
-    if isinstance(tensor, Ragged):
-        return tensor.data[(tensor.bases[..., None] + slots)[real]]
-    row, head, _ = real.nonzero(as_tuple=True)
-    return tensor[row, head, slots[real]]
-
-
-def take(tensor: torch.Tensor | Ragged, slots: torch.Tensor) -> torch.Tensor:
-    """Gathers ``slots`` (batch, heads or 1, k) along dimension 2 of ``tensor`` (batch, heads or 1, n, ...)."""
-    heads = max(tensor.shape[1], slots.shape[1])
-    if isinstance(tensor, Ragged):
-        return tensor.rows(slots.expand(-1, heads, -1))
-    if slots.shape[:2] == (1, 1) and tensor.shape[0] == 1:  # the same for all: whole entries are copied
-        return tensor.index_select(2, slots[0, 0].clamp(min=0))
-    index = slots.clamp(min=0).expand(-1, heads, -1)
-    tensor = tensor.expand(-1, heads, *tensor.shape[2:])
-    if tensor.dim() > 3:
-        index = index[..., None].expand(*index.shape, tensor.shape[-1])
-    return tensor.gather(2, index)
-
-
-def locate(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Where in ``held`` (batch, heads or 1, n), ascending, each of ``wanted`` (batch, heads or 1, k) stands: int64
-    ``(batch, heads, k)``, ascending; -1 in front for what is not held, and for a wanted -1."""
-    heads = max(held.shape[1], wanted.shape[1])
-    held, wanted = held.expand(-1, heads, -1).contiguous(), wanted.expand(-1, heads, -1).contiguous()
-    found = torch.searchsorted(held, wanted).clamp(max=held.shape[-1] - 1)
-    absent = (wanted < 0) | (held.gather(2, found) != wanted)
-    return found.masked_fill(absent, -1).sort(dim=-1).values
 
 
 @dataclass(frozen=True)
@@ -512,7 +317,7 @@ class KVLayer(CacheLayerMixin):
         unused = 0.0 if isinstance(self._keys, RaggedBuffer) else float(first.float().mean()) - lead
         if max(int(counts.max()), unused) > max(64, SAVES * self.n):
             gone = (slot >= starts[..., None] + sinks) & (slot < (first + sinks)[..., None])
-            self._keep(torch.where(gone | (slot < starts[..., None]), -1, slot).sort(dim=-1).values)
+            self._keep(marked(~gone & (slot >= starts[..., None])))
         else:
             if self._positions.view().shape[1] == 1 < self.heads:
                 self._positions = Buffer(self.positions)

@@ -32,7 +32,8 @@ def method_page(row: dict[str, Any]) -> Group:
     head += "".join(f"\nMeasured, {sentence}" for sentence in row["measured"]) + "\n" * bool(row["measured"])
     lines = [(item["name"], item["type"], str(item["default"]), item["help"]) for item in row["parameters"]]
     others = [item for item in row["parameters"] if item["name"] != "budget"]
-    recipe = f"Recipe: {name}:10%" + (f" or {name}({others[0]['name']}={others[0]['default']}):256" if others else "")
+    few, many = (":256", ":10%") if row["takes_budget"] else ("", "")
+    recipe = f"Recipe: {name}{many}" + (f" or {name}({others[0]['name']}={others[0]['default']}){few}" if others else "")
     return Group(Text(head), _table(("parameter", "type", "default", "meaning"), lines), Text(recipe))
 
 

@@ -464,7 +464,7 @@ def profile(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what a method has to know about a model, once, and keep it in a file.
+    """Measure what a method has to know about a model, once, and keep it in a file; for dhsa and duo_attention, train it.
 
     Methods that reweight (zerotuning, act) look for the heads with which the prompts are answered better. The score is the share
     of right answers, and then the mean log-probability of these; without answers, minus the entropy of the next token. It is
@@ -473,6 +473,7 @@ def profile(
     \b
     Examples:
       laconic profile fasa --model PATH_OR_HUB_ID --output fasa.json
+      laconic profile dhsa --model PATH_OR_HUB_ID --samples 16 --output dhsa.json
       laconic profile zerotuning --model PATH_OR_HUB_ID --task mine.jsonl --samples 40 --output zt.json
       laconic compare --model PATH_OR_HUB_ID --methods "fasa(profile=fasa.json)" --budgets 10%
     """

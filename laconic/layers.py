@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from laconic.cache import Request, locate
+from laconic.buffers import locate
+from laconic.cache import Request
 from laconic.errors import LaconicError
 
 

@@ -71,7 +71,7 @@ class Method:
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """The catalogue row: id, stage, paper, needs, guarantee, verbs, parameters, summary, text, measured."""
+        """The catalogue row: id, stage, paper, needs, guarantee, verbs, takes_budget, parameters, summary, text, measured."""
         text = inspect.cleandoc(cls.__doc__ or "")
         return {
             "id": cls.id,
@@ -80,6 +80,7 @@ class Method:
             "needs": cls.needs,
             "guarantee": cls.guarantee,
             "verbs": list(cls.verbs),
+            "takes_budget": cls.takes_budget,
             "parameters": [
                 {
                     "name": f.name,

@@ -15,11 +15,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from laconic.errors import LaconicError, quote
+
+if TYPE_CHECKING:
+    from laconic.cache import KVLayer
 
 ZOO = Path(__file__).parent / "models" / "zoo"
 
@@ -120,6 +123,12 @@ def find_profile(method: str, path: str, model: Any) -> dict[str, Any]:
     if model is not None and _known(model) != profile.model:
         raise LaconicError(f"The profile {quote(path)} is of another model: make one of this model with {command}.")
     return profile.tables
+
+
+def layer_tables(method: str, path: str, layer: KVLayer) -> dict[str, Any]:
+    """As ``find_profile``, for the model that a cache layer belongs to."""
+    policy = layer.request.policy
+    return find_profile(method, path, policy.model if policy is not None else None)
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,7 +13,8 @@ from tiny import build, prompt
 import laconic
 from laconic import LaconicError
 from laconic.attention.rope import Rope
-from laconic.cache import EMPTY, Buffer, KVCache, KVLayer, RaggedBuffer, Request, kept, take
+from laconic.buffers import Buffer, RaggedBuffer, kept, take
+from laconic.cache import EMPTY, KVCache, KVLayer, Request
 
 BATCH, HEADS, DIM = 2, 2, 4
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import laconic
 from laconic.cli import _split, app
 from laconic.errors import LaconicError
 from laconic.evaluation import compare as compare_module
@@ -157,6 +158,13 @@ def test_debug_shows_the_traceback_and_a_bug_is_one_line(tmp_path: Path, monkeyp
     assert plain.exit_code == debug.exit_code == 1
     assert plain.stderr.strip() == "Unexpected ZeroDivisionError: by zero (run with --debug to see where)"
     assert "Traceback" in debug.stderr
+
+
+def test_a_methods_page_suggests_recipes_that_work() -> None:
+    for name in ("tokenselect", "zerotuning"):
+        page = runner.invoke(app, ["methods", name]).stdout
+        suggested = page.split("Recipe: ")[1].replace("\n", " ").split(" or ")
+        assert len(suggested) == 2 and [laconic.Recipe.parse(text.strip()).methods[0].id for text in suggested] == [name] * 2
 
 
 def test_methods_json_lists_the_catalogue() -> None:

@@ -13,7 +13,7 @@ from laconic.attention.head_search import Score, measure_answers
 from laconic.cache import KVLayer
 from laconic.method import parameter
 from laconic.primitives.scores import attention_received
-from laconic.profiles import find_profile, need_file
+from laconic.profiles import layer_tables, need_file
 from laconic.registry import register
 
 
@@ -56,8 +56,7 @@ class ACT(ReweightMethod):
     def changed(self, layer: KVLayer, heads: int) -> list[int]:
         """The query heads of the layer that are changed."""
         if self.profile:
-            policy = layer.request.policy
-            tables = find_profile(self.id, self.profile, policy.model if policy is not None else None)
+            tables = layer_tables(self.id, self.profile, layer)
             return [head for index, head in tables["heads"] if index == layer.index]
         spared = layer.index < self.skip or layer.index == layer.layers - 1
         return [] if spared else list(range(heads))

@@ -9,7 +9,8 @@ import torch
 
 from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
-from laconic.cache import KVLayer, take
+from laconic.buffers import take
+from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import group
@@ -64,7 +65,7 @@ class ActQKV(ReadMethod):
         if known is not None:
             scores = torch.einsum("bkd,bkcd->bc", probe, known)
             if call.decoding and self.share < 1:
-                quota = self._cut(layer, scores, done, quota)
+                quota = self._cut(layer, scores, done, quota, ~self.covered(layer, call))
             worth = scores[:, None].expand(-1, at.shape[1], -1).gather(-1, at.clamp(max=known.shape[2] - 1))
         if not call.decoding:
             held = layer.lengths.clamp(max=layer.n)
@@ -153,8 +154,14 @@ class ActQKV(ReadMethod):
         layer.memory[self.id + ".statistics"] = torch.stack([mean, variance, seen.expand_as(mean)], dim=1)
         return activation(flat, real, mean, variance)
 
-    def _cut(self, layer: KVLayer, scores: torch.Tensor, done: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """Quota ``(batch,)`` with this layer's part of the blocks that all layers together may read."""
+    def _cut(
+        self, layer: KVLayer, scores: torch.Tensor, done: torch.Tensor, quota: torch.Tensor, shares: torch.Tensor
+    ) -> torch.Tensor:
+        """Quota ``(batch,)`` with this layer's part of the blocks that all layers together may read.
+
+        Only the rows that ``shares`` (batch,) names are cut: one whose budget holds everything has nothing to share out, and
+        what is remembered of it stays as it was.
+        """
         memory = layer.request.memory
         outside = self.sinks + layer.lengths - done * self.block  # read in any case, next to the blocks
         most = ((quota - outside) // self.block).clamp(min=0)
@@ -162,15 +169,19 @@ class ActQKV(ReadMethod):
         sums = memory.get(self.id + ".entropy")
         if sums is None:
             sums = memory[self.id + ".entropy"] = spread.new_zeros(len(spread), layer.layers, 2)
-        sums[:, layer.index] = sums[:, layer.index] * (1 - 1 / SAMPLES) + torch.stack([spread, torch.ones_like(spread)], dim=-1)
+        added = sums[:, layer.index] * (1 - 1 / SAMPLES) + torch.stack([spread, torch.ones_like(spread)], dim=-1)
+        sums[:, layer.index] = torch.where(shares[:, None], added, sums[:, layer.index])
         means = torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1].clamp(min=1e-9), spread[:, None])  # not seen: as here
-        last, left = memory.get(self.id + ".last", -1), memory.get(self.id + ".left")
-        if left is None or layer.index <= last:  # the first layer of a step that reads a part
-            left = self.share * most * (layer.layers - layer.index)
+        last, left = memory.get(self.id + ".last"), memory.get(self.id + ".left")
+        if last is None:
+            last, left = torch.full_like(done, layer.layers), torch.zeros_like(spread)
+        fresh = self.share * most * (layer.layers - layer.index)  # at the first layer of a step that reads a part
+        left = torch.where(layer.index <= last, fresh, left)
         part = left * means[:, layer.index] / means[:, layer.index :].sum(-1).clamp(min=1e-9)
         blocks = torch.minimum(part.round().long().clamp(min=self.least), most)
-        memory[self.id + ".left"], memory[self.id + ".last"] = left - blocks, layer.index
-        return torch.minimum(quota, outside + blocks * self.block)
+        memory[self.id + ".left"] = torch.where(shares, left - blocks, left)
+        memory[self.id + ".last"] = torch.where(shares, torch.full_like(last, layer.index), last)
+        return torch.where(shares, torch.minimum(quota, outside + blocks * self.block), quota)
 
 
 def update(

@@ -4,10 +4,11 @@ a prompt's attention), reweight."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
+from laconic.attention.search import Blocks, Tokens, search
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import Method, parameter
@@ -161,22 +162,22 @@ class EvictMethod(AttentionMethod):
 class ReadMethod(AttentionMethod):
     """Base of methods that read a part: each decode step attends to ``budget`` entries, and all stay in the cache.
 
-    A subclass writes ``score``, or ``select`` when its choice outlives the step.
+    A subclass names the ``chain`` of its search, or writes ``score``; or ``select`` when its choice outlives the step.
     """
 
     verbs: ClassVar[tuple[str, ...]] = ("read",)
     reads_chunks: ClassVar[bool] = False
 
-    @property
-    def reads(self) -> bool:
-        return True
-
     sinks: int = parameter(4, "first tokens that are always read", least=0)
     recent: int = parameter(16, "newest tokens that are always read", least=0)
 
     @property
-    def chain(self) -> list[Any]:
-        """The stages of ``laconic.attention.search`` by which it finds tokens; empty where it chooses in another way."""
+    def reads(self) -> bool:
+        return True
+
+    @property
+    def chain(self) -> list[Blocks | Tokens]:
+        """The stages by which it finds tokens (see ``laconic.attention.search``); empty where it chooses in another way."""
         return []
 
     def score(self, layer: KVLayer, call: Call) -> torch.Tensor:
@@ -188,6 +189,8 @@ class ReadMethod(AttentionMethod):
 
     def select(self, layer: KVLayer, call: Call) -> Selection | None:
         """The entries to read in this step, or None to read all."""
+        if self.chain:
+            return search(self, layer, call, self.chain)
         if self.covers(layer, call):
             return None
         slots = self.choose(layer, call, self.score(layer, call), sinks=self.sinks, recent=self.recent)

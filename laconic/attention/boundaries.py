@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, pad
 
+from laconic.primitives.scores import capped
+
 WINDOW = 4  # keys on each side of a gap that are looked at
 HEADS, HIDDEN = 4, 128  # of the network
 RATIO = 2.0  # a border: one side draws so many times the attention of the other
@@ -79,8 +81,7 @@ def border_labels(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap
         rows = torch.arange(begin, min(begin + ROWS, n))
         total = torch.zeros(len(rows), n + WINDOW, dtype=torch.float64)
         for head in range(query.shape[0]):
-            logits = query[head, rows].float() @ keys[head // group].float().T * scale
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            logits = capped(query[head, rows].float() @ keys[head // group].float().T * scale, softcap)
             total[:, :n] += logits.masked_fill(gap > rows[:, None], float("-inf")).softmax(-1)
         sums = pad(total.cumsum(-1), (WINDOW, 0))  # sums[:, i + WINDOW] is the sum up to column i
         at = gap + WINDOW

@@ -8,14 +8,13 @@ from typing import ClassVar
 
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
 from laconic.attention.fasa import copies, dominant_pairs
-from laconic.attention.search import Blocks, Tokens, exact_keys, int8_keys, search
+from laconic.attention.search import Blocks, Tokens, exact_keys, int8_keys
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.kernels.blocks import KINDS
 from laconic.method import parameter
 from laconic.profiles import need_file
 from laconic.registry import register
-from laconic.selection import Selection
 
 
 @register
@@ -66,6 +65,3 @@ class CoarseToFine(ReadMethod):
     def observe(self, layer: KVLayer, call: Call) -> None:
         if self.pairs:
             copies(layer, self.pairs, self.profile)
-
-    def select(self, layer: KVLayer, call: Call) -> Selection | None:
-        return search(self, layer, call, self.chain)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,12 +11,12 @@ import torch
 from laconic import kernels
 from laconic.attention.base import Call, PrefillMethod
 from laconic.attention.boundaries import BoundaryPredictor, border_labels, choose_borders, train_predictor
-from laconic.attention.engine import Policy
 from laconic.attention.prefill import sparse_prefill_attention
+from laconic.attention.probe import Probe
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.profiles import find_profile, need_file
+from laconic.profiles import layer_tables, need_file
 from laconic.registry import register
 
 BORDERS, REDUCE = ("predicted", "fixed"), ("sum", "mean")
@@ -114,9 +112,8 @@ class DHSA(PrefillMethod):
         if self.borders == "fixed":
             return _ends(n, self.length).to(keys.device)
         if layer.index == 0 or row not in memory.get(name, {}):
-            policy = layer.request.policy
-            tables = find_profile(self.id, self.profile, policy.model if policy is not None else None)
-            logits = _predictor(json.dumps(tables["weights"])).to(keys.device)(keys.transpose(0, 1).flatten(1).float())
+            predictor = BoundaryPredictor.of(layer_tables(self.id, self.profile, layer)["weights"]).to(keys.device)
+            logits = predictor(keys.transpose(0, 1).flatten(1).float())
             most = max(1, n // self.block * self.density)
             found = choose_borders(logits.cpu(), self.threshold, self.apart, most, n - self.instruction)
             memory[name] = {**memory.get(name, {}), row: found.to(keys.device)}
@@ -130,15 +127,10 @@ class DHSA(PrefillMethod):
             ``weights``: those of a ``BoundaryPredictor``; on these texts, ``borders``: the share of places that are borders,
             ``found``: the share of these that it finds, and ``right``: the share of what it finds that is one.
         """
-        from laconic.hooks import apply
-
-        probe = _Labels()
-        for ids in texts:
-            with apply(model, "dense") as handle, torch.no_grad():
-                handle.policy = probe
-                model(ids[None].to(model.device), use_cache=True, logits_to_keep=1)
-        predictor = train_predictor(probe.examples, seed)
-        pairs = [(predictor(keys) > 0, labels) for keys, labels in probe.examples]
+        layers = _Labels().read(model, texts).layers
+        examples = [example for text in zip(*layers, strict=True) for example in text]
+        predictor = train_predictor(examples, seed)
+        pairs = [(predictor(keys) > 0, labels) for keys, labels in examples]
         said = torch.cat([guess[~labels.isnan()] for guess, labels in pairs])
         true = torch.cat([labels[~labels.isnan()] > 0 for _, labels in pairs])
         both = float((said & true).sum())
@@ -150,26 +142,14 @@ class DHSA(PrefillMethod):
         }
 
 
-class _Labels(Policy):
-    """Dense attention that collects the keys of every layer and where the attention to them changes."""
+class _Labels(Probe):
+    """Collects the keys of every layer and where the attention to them changes, a pair for each text."""
 
-    def __init__(self) -> None:
-        from laconic.recipe import Recipe
-
-        super().__init__(Recipe.parse("dense").methods)
-        self.examples: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
-        output = super().attend(layer, call)
+    def look(self, layer: KVLayer, call: Call) -> None:
         if call.window is None:
             labels = border_labels(call.query[0].cpu(), layer.keys[0].cpu(), call.scale, call.softcap)
-            self.examples.append((layer.keys[0].transpose(0, 1).flatten(1).float().cpu(), labels))
-        return output
-
-
-@functools.lru_cache(maxsize=8)
-def _predictor(weights: str) -> BoundaryPredictor:
-    return BoundaryPredictor.of(json.loads(weights))
+            keys = layer.keys[0].transpose(0, 1).flatten(1).float().cpu()
+            self.found.setdefault(layer.index, []).append((keys, labels))
 
 
 def _ends(n: int, size: int) -> torch.Tensor:

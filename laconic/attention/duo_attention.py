@@ -11,10 +11,11 @@ import torch
 from laconic.attention.base import Call
 from laconic.attention.engine import Policy
 from laconic.attention.prefill import prefill_attention, sparse_prefill_attention
-from laconic.attention.retrieval_heads import RetrievalHeads, calibrated
+from laconic.attention.retrieval_heads import RetrievalHeads, calibrated, ranked
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
+from laconic.profiles import layer_tables
 from laconic.registry import register
 
 STEPS, RATE, COST = 60, 0.05, 0.05  # of learning the gates: steps, learning rate, and what an open gate costs
@@ -44,9 +45,8 @@ class DuoAttention(RetrievalHeads):
         self.require(self.heads <= 1, "heads is a share: give a number up to 1.")
 
     def retrieval(self, layer: KVLayer, most: torch.Tensor) -> torch.Tensor:
-        gates = torch.tensor(self.tables(layer)["gates"], device=most.device)
-        rank = gates.flatten().argsort(descending=True, stable=True).argsort()
-        return (rank < most.clamp(max=int(self.heads * gates.numel()))[:, None]).unflatten(1, gates.shape)
+        places = ranked(layer_tables(self.id, self.profile, layer)["gates"]).to(most.device)
+        return places < most.clamp(max=int(self.heads * places.numel()))[:, None, None]
 
     @classmethod
     def calibrate(

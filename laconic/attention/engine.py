@@ -12,9 +12,11 @@ from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReweightMethod
 from laconic.attention.prefill import prefill_attention
 from laconic.attention.reweight import reweighted_chunk, reweighted_step
-from laconic.cache import EMPTY, KVLayer, Rest, locate, take
+from laconic.buffers import locate, take
+from laconic.cache import EMPTY, KVLayer, Rest
 from laconic.errors import LaconicError
 from laconic.kernels.ragged import dense
+from laconic.primitives.scores import capped
 from laconic.primitives.select import hide
 from laconic.selection import Selection
 
@@ -133,10 +135,8 @@ class Policy:
         key, value, bias = layer.rest.entry(torch.float32)
         grouped = (part.unflatten(1, (layer.heads, -1)) for part in (call.last.float(), output.float(), lse))
         query, kept, total = grouped
-        logit = (query * key).sum(-1) * call.scale
-        if call.softcap is not None:
-            logit = call.softcap * torch.tanh(logit / call.softcap)
-        logit = logit + bias  # a softmax over two: what is kept as one, and the rest
+        logit = capped((query * key).sum(-1) * call.scale, call.softcap) + bias
+        # a softmax over two: what is kept as one, and the rest
         share = torch.sigmoid(logit - total).masked_fill(logit == float("-inf"), 0.0)[..., None]
         return (kept + share * (value - kept)).flatten(1, 2).to(output.dtype)
 

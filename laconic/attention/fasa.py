@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 import torch
 
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
-from laconic.attention.engine import Policy
-from laconic.attention.search import Blocks, Keys, Tokens, search
+from laconic.attention.probe import Probe
+from laconic.attention.search import Blocks, Keys, Tokens
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.profiles import find_profile, need_file
+from laconic.profiles import layer_tables, need_file
 from laconic.registry import register
-from laconic.selection import Selection
 
 TRACK = "fasa"
 QUERIES = 64  # last tokens of a text whose choices are compared in calibration
@@ -52,9 +51,6 @@ class FASA(ReadMethod):
     def chain(self) -> list[Blocks | Tokens]:
         return [Tokens(partial(dominant_pairs, pairs=self.pairs, profile=self.profile))]
 
-    def select(self, layer: KVLayer, call: Call) -> Selection | None:
-        return search(self, layer, call, self.chain)
-
     @classmethod
     def calibrate(cls, model: torch.nn.Module, texts: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Ranks the pairs of every layer and KV head by contextual agreement.
@@ -66,16 +62,10 @@ class FASA(ReadMethod):
             ``ranking``: ``[layers][kv_heads][pairs]``, best first; ``agreement``: the same shape; ``rope``: the layout.
         """
         from laconic.attention.rope import find_rope
-        from laconic.hooks import apply
 
         rope = find_rope(model)
         layout = "half" if rope is None else rope.layout
-        probe = _Agreement(layout)
-        for ids in texts:
-            with apply(model, "dense") as handle, torch.no_grad():
-                handle.policy = probe
-                model(ids[None].to(model.device), use_cache=True, logits_to_keep=1)
-        agreement = [probe.found[i] / len(texts) for i in sorted(probe.found)]
+        agreement = [table / len(texts) for table in _Agreement(layout).read(model, texts).layers]
         ranking = [table.argsort(dim=-1, descending=True, stable=True) for table in agreement]
         return {
             "rope": layout,
@@ -100,8 +90,7 @@ def copies(layer: KVLayer, pairs: int, profile: str) -> torch.Tensor:
 
 def _few(layer: KVLayer, rows: torch.Tensor, pairs: int, profile: str) -> torch.Tensor:
     """The dominant dimensions of ``rows`` (batch, kv_heads, any, head_dim), contiguous."""
-    policy = layer.request.policy
-    tables = find_profile(FASA.id, profile, policy.model if policy is not None else None)
+    tables = layer_tables(FASA.id, profile, layer)
     ranked = torch.tensor(tables["ranking"][layer.index], device=rows.device)[:, :pairs]
     dims = pair_dimensions(ranked, rows.shape[-1], tables["rope"])
     return rows.gather(3, dims[None, :, None].expand(rows.shape[0], -1, rows.shape[2], -1))
@@ -113,22 +102,17 @@ def pair_dimensions(pairs: torch.Tensor, head_dim: int, layout: str) -> torch.Te
     return torch.cat(other, dim=-1)
 
 
-class _Agreement(Policy):
-    """Dense attention that compares what pairs of dimensions would choose with what all choose."""
+class _Agreement(Probe):
+    """Compares what pairs of dimensions would choose with what all choose."""
 
     def __init__(self, layout: str) -> None:
-        from laconic.recipe import Recipe
-
-        super().__init__(Recipe.parse("dense").methods)
+        super().__init__()
         self.layout = layout
-        self.found: dict[int, torch.Tensor] = {}
 
-    def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
-        output = super().attend(layer, call)
+    def look(self, layer: KVLayer, call: Call) -> None:
         rows = min(QUERIES, call.query.shape[2] // 2)
         table = pair_agreement(call.query[0, :, -rows:], layer.keys[0], self.layout)
         self.found[layer.index] = self.found.get(layer.index, 0) + table
-        return output
 
 
 def pair_agreement(query: torch.Tensor, keys: torch.Tensor, layout: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ from laconic import kernels
 from laconic.attention.base import Call
 from laconic.attention.prefill import prefill_attention
 from laconic.cache import KVLayer
+from laconic.primitives.scores import capped
 
 ALL = slice(None)
 
@@ -108,9 +109,7 @@ def received(layer: KVLayer, call: Call, coming: torch.Tensor, parts: list[Part]
 def probabilities(layer: KVLayer, call: Call, part: Part, starts: torch.Tensor | None) -> torch.Tensor:
     """Probabilities ``(rows, heads, n)`` of the heads of a part in a step, from the first visible slots ``starts`` on."""
     query = part.query(call)
-    logits = kernels.logits(query[:, :, 0], part.of(layer.keys), scale=call.scale)
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = capped(kernels.logits(query[:, :, 0], part.of(layer.keys), scale=call.scale), call.softcap)
     if starts is not None:
         first = part.of(starts).repeat_interleave(query.shape[1] // part.of(starts).shape[1], 1)
         hidden = torch.arange(layer.n, device=logits.device) < first[..., None]

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from laconic.attention.base import AttentionMethod, Call, ReadMethod
-from laconic.attention.search import Blocks, Tokens, exact_keys, search
-from laconic.cache import KVLayer
+from laconic.attention.base import AttentionMethod, ReadMethod
+from laconic.attention.search import Blocks, Tokens, exact_keys
 from laconic.claims import Claim
 from laconic.kernels.blocks import KINDS
 from laconic.method import parameter
 from laconic.registry import register
-from laconic.selection import Selection
 
 
 @register
@@ -45,6 +43,3 @@ class HISA(ReadMethod):
     @property
     def chain(self) -> list[Blocks | Tokens]:
         return [Blocks(self.block, self.representative, oversample=self.oversample), Tokens(exact_keys)]
-
-    def select(self, layer: KVLayer, call: Call) -> Selection | None:
-        return search(self, layer, call, self.chain)

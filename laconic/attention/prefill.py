@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from laconic.cache import EMPTY, take
+from laconic.buffers import take
+from laconic.cache import EMPTY
+from laconic.primitives.scores import capped
 
 ROWS = 256  # rows per block where a mask is needed: the mask has ROWS x n entries, never n x n
 
@@ -123,7 +125,7 @@ def _masked(
         output = sdpa(query, keys, values, attn_mask=mask, scale=scale)
     else:
         logits = torch.einsum("...kgrd,...knd->...kgrn", query.float(), keys.float()) * scale
-        logits = softcap * torch.tanh(logits / softcap) + (0.0 if bias is None else bias)
+        logits = capped(logits, softcap) + (0.0 if bias is None else bias)
         weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
         output = torch.einsum("...kgrn,...knd->...kgrd", weights, values.float()).to(query.dtype)
     return output.masked_fill(~visible.any(-1, keepdim=True), 0.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
-from laconic.attention.search import Blocks, Tokens, search
+from laconic.attention.search import Blocks, Tokens
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
@@ -46,4 +46,4 @@ class Quest(ReadMethod):
     def select(self, layer: KVLayer, call: Call) -> Selection | None:
         if layer.index < self.dense_layers:
             return None
-        return search(self, layer, call, self.chain)
+        return super().select(layer, call)

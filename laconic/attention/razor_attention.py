@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 
 from laconic.attention.base import Call
-from laconic.attention.engine import Policy
-from laconic.attention.retrieval_heads import RetrievalHeads, calibrated
+from laconic.attention.probe import Probe
+from laconic.attention.retrieval_heads import RetrievalHeads, calibrated, ranked
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
+from laconic.primitives.scores import capped
+from laconic.profiles import layer_tables
 from laconic.registry import register
 
 TOKENS, COPIES = 2500, 4  # random tokens and how often they are repeated
@@ -45,7 +47,7 @@ class RazorAttention(RetrievalHeads):
         self.require(max(self.induction, self.echo) <= 1, "induction and echo are shares of the heads: give numbers up to 1.")
 
     def retrieval(self, layer: KVLayer, most: torch.Tensor) -> torch.Tensor:
-        tables = self.tables(layer)
+        tables = layer_tables(self.id, self.profile, layer)
         chosen = best_heads(tables["induction"], self.induction) | best_heads(tables["echo"], self.echo)
         return chosen.to(most.device).expand(len(most), -1, -1)
 
@@ -62,48 +64,34 @@ class RazorAttention(RetrievalHeads):
             ``induction``, ``echo``: ``[layers][kv_heads]``: the mean probability of the token after an earlier copy, and of the
             copy, of the query head in the group that has the most.
         """
-        from laconic.hooks import apply
-
         config = model.config.get_text_config()
         count = min(TOKENS, (config.max_position_embeddings - 1) // COPIES)
         known = torch.cat(list(texts)).unique()
         generator = torch.Generator().manual_seed(seed)
         part = known[torch.randint(len(known), (count,), generator=generator)]
         ids = torch.cat([texts[0][:1], part.repeat(COPIES)])
-        probe = _Copies(count)
-        with apply(model, "dense") as handle, torch.no_grad():
-            handle.policy = probe
-            model(ids[None].to(model.device), use_cache=True, logits_to_keep=1)
-        found = [probe.found[i] for i in sorted(probe.found)]
+        found = _Copies(count).read(model, [ids]).layers
         return {"induction": calibrated([f[0] for f in found]), "echo": calibrated([f[1] for f in found])}
 
 
 def best_heads(scores: list[list[float]], share: float) -> torch.Tensor:
     """Boolean ``(layers, kv_heads)``: the best ``share`` of all heads of the model, ties to the lowest."""
-    table = torch.tensor(scores)
-    order = table.flatten().argsort(descending=True, stable=True)
-    chosen = torch.zeros(table.numel(), dtype=torch.bool)
-    chosen[order[: round(share * table.numel())]] = True
-    return chosen.view_as(table)
+    places = ranked(scores)
+    return places < round(share * places.numel())
 
 
-class _Copies(Policy):
-    """Dense attention that measures what a text of equal parts of ``count`` tokens, after one first token, pays to copies."""
+class _Copies(Probe):
+    """Measures what a text of equal parts of ``count`` tokens, after one first token, pays to copies."""
 
     def __init__(self, count: int) -> None:
-        from laconic.recipe import Recipe
-
-        super().__init__(Recipe.parse("dense").methods)
+        super().__init__()
         self.count = count
-        self.found: dict[int, torch.Tensor] = {}
 
-    def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
-        output = super().attend(layer, call)
+    def look(self, layer: KVLayer, call: Call) -> None:
         query, keys = call.query[0].float() * call.scale, layer.keys[0].float()
         group = query.shape[0] // keys.shape[0]
         scores = torch.stack([copy_scores(q, keys[h // group], self.count, call.softcap) for h, q in enumerate(query)])
         self.found[layer.index] = scores.view(keys.shape[0], group, 2).amax(1).T
-        return output
 
 
 def copy_scores(query: torch.Tensor, keys: torch.Tensor, count: int, softcap: float | None = None) -> torch.Tensor:
@@ -115,9 +103,7 @@ def copy_scores(query: torch.Tensor, keys: torch.Tensor, count: int, softcap: fl
     n, total, pairs = len(keys), torch.zeros(2), 0
     for begin in range(1 + count, n, ROWS):
         rows = torch.arange(begin, min(begin + ROWS, n))
-        logits = query[rows] @ keys[: int(rows[-1]) + 1].T
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(query[rows] @ keys[: int(rows[-1]) + 1].T, softcap)
         later = torch.arange(logits.shape[1]) > rows[:, None]
         weights = logits.masked_fill(later, float("-inf")).softmax(-1)
         for distance in range(count, n, count):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -11,7 +11,8 @@ from laconic.attention.base import Call, EvictMethod
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.profiles import find_profile, need_file
+from laconic.primitives.select import marked
+from laconic.profiles import need_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,6 @@ class RetrievalHeads(EvictMethod):
     def check(self) -> None:
         need_file(self.id, self.profile)
         self.require(self.budget.shape == "uniform", "the budget is that of all heads together: give it without a shape.")
-
-    def tables(self, layer: KVLayer) -> dict[str, Any]:
-        """What calibration found out about the model."""
-        policy = layer.request.policy
-        return find_profile(self.id, self.profile, policy.model if policy is not None else None)
 
     def retrieval(self, layer: KVLayer, most: torch.Tensor) -> torch.Tensor:
         """Which heads of the model keep everything: boolean ``(batch, layers, kv_heads)``.
@@ -64,7 +60,7 @@ class RetrievalHeads(EvictMethod):
             return None
         slot = torch.arange(layer.n, device=first.device)
         dropped = (slot >= first[..., None]) & (slot < (first + counts)[..., None])
-        return torch.where(dropped | (slot < starts[..., None]), -1, slot).sort(dim=-1).values
+        return marked(~dropped & (slot >= starts[..., None]))
 
     def forget(self, layer: KVLayer, first: torch.Tensor, counts: torch.Tensor) -> None:
         """Called before ``counts`` (batch, kv_heads) entries from slot ``first`` (batch, kv_heads) on are evicted."""
@@ -98,6 +94,12 @@ class RetrievalHeads(EvictMethod):
                 f"and {least} tokens of each other: give a larger budget, or fewer retrieval heads.",
             )
         return whole[:, layer.index], room
+
+
+def ranked(scores: list[list[float]]) -> torch.Tensor:
+    """The place of every head of the model by its score, int64 ``(layers, kv_heads)``: 0 is the best, ties to the lowest."""
+    table = torch.tensor(scores)
+    return table.flatten().argsort(descending=True, stable=True).argsort().view_as(table)
 
 
 def calibrated(layers: list[torch.Tensor]) -> list[list[float]]:

@@ -13,7 +13,7 @@ import torch
 
 from laconic import kernels
 from laconic.attention.prefill import prefill_attention
-from laconic.cache import take
+from laconic.buffers import take
 from laconic.errors import LaconicError
 from laconic.primitives.rest import others
 

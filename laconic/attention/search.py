@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from laconic import kernels
-from laconic.attention.base import Call, ReadMethod
 from laconic.cache import KVLayer
 from laconic.kernels import Array, KeyBlocks, KeyIndex
 from laconic.primitives.blocks import best_blocks, group_vote, keep_top_among
 from laconic.primitives.reduce import group
+from laconic.primitives.scores import capped
 from laconic.primitives.select import keep_top, keep_top_of_all_heads
 from laconic.selection import Selection
+
+if TYPE_CHECKING:
+    from laconic.attention.base import Call, ReadMethod
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,3 @@ def _vote_among(
     free = slots.masked_fill((slots < first + sinks) | (slots >= layer.n - recent), -1)
     logits = kernels.logits(keys.query, keys.keys, scale=call.scale, indices=free, index=keys.index)
     return group_vote(capped(logits, keys.softcap), layer.heads), keys.bytes(free)
-
-
-def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Capped logits, where the model caps them; -inf stays."""
-    if softcap is None:
-        return logits
-    return (softcap * torch.tanh(logits / softcap)).masked_fill(logits == float("-inf"), float("-inf"))

@@ -156,8 +156,8 @@ class SpAtten(EvictMethod):
         total = memory[OUTPUTS] = memory.get(OUTPUTS, 0) + (output.float().abs() * real).sum((2, 3))
         share = schedule(self.heads, layer.layers, WARM_HEADS, self.slope)[min(layer.index + 1, layer.layers - 1)]
         count = max(1, math.floor(share * chosen.shape[1] + 1e-9))
-        best = kernels.topk(total.masked_fill(~chosen, float("-inf"))[:, None], min(count, int(chosen.sum(-1).min())))[:, 0]
-        memory[HEADS] = torch.zeros_like(chosen).scatter(1, best, True)
+        strongest = kernels.topk(total.masked_fill(~chosen, float("-inf"))[:, None], min(count, int(chosen.sum(-1).min())))
+        memory[HEADS] = torch.zeros_like(chosen).scatter(1, strongest[:, 0], True)
 
     def _weights(self, layer: KVLayer, call: Call, chosen: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Probabilities ``(batch, heads, n)`` of a step, 0 for heads that are not ``chosen``, and the bytes of keys read."""

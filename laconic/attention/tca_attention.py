@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from laconic.attention.base import AttentionMethod, Call, EvictMethod
-from laconic.attention.engine import Policy
 from laconic.attention.prefill import sparse_prefill_attention
+from laconic.attention.probe import Probe
 from laconic.attention.queries import join_queries
 from laconic.attention.tca_stream import (
     DROPPED,
@@ -27,7 +27,9 @@ from laconic.attention.tca_stream import (
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.profiles import find_profile, need_file
+from laconic.primitives.scores import capped
+from laconic.primitives.select import marked
+from laconic.profiles import layer_tables, need_file
 from laconic.registry import register
 
 PROBES = ("after", "last")
@@ -75,10 +77,9 @@ class TCAAttention(EvictMethod):
         limits = [self._limit(layer, call, row) for row in range(len(layer.lengths))]
         if not any(self._thins(int(n), limit, plan) for n, limit in zip(layer.lengths, limits, strict=True)):
             return None
-        self._prepare(layer, call)
-        parts, probed = [], 0.0
+        queries, parts, probed = self._prepare(layer, call), [], 0.0
         for row, limit in enumerate(limits):
-            stream, own = Stream.of(self, layer, call, row, limit, plan), slice(row, row + 1)
+            stream, own = Stream.of(self, layer, call, row, limit, plan, queries[row]), slice(row, row + 1)
             parts.append(sparse_prefill_attention(
                 call.query[own], layer.keys[own], layer.values[own], layer.shared_positions[own], stream.pieces(),
                 scale=call.scale, window=call.window, softcap=call.softcap,
@@ -93,13 +94,12 @@ class TCAAttention(EvictMethod):
         memory = layer.memory
         if memory.get(f"{self.id}.seen") == layer.seen:
             return
-        self._prepare(layer, call)
-        plan = None
+        queries, plan = self._prepare(layer, call), None
         for row, (length, done) in enumerate(zip(layer.lengths.tolist(), memory[f"{self.id}.done"].tolist(), strict=True)):
             limit = self._limit(layer, call, row)
             if length >= min((done + 1) * self.block + self.recent, length + 1 if limit is None else limit + 1):
                 plan = plan or self._plan(layer)
-                stream = Stream.of(self, layer, call, row, limit, plan)
+                stream = Stream.of(self, layer, call, row, limit, plan, queries[row])
                 for _ in stream.pieces():
                     pass
                 self._write(layer, row, stream)
@@ -108,12 +108,11 @@ class TCAAttention(EvictMethod):
         if not layer.memory.pop(f"{self.id}.drops", False):
             return None
         first = 0 if call.window is None else (layer.lengths[:, None, None] - call.window).clamp(min=0)
-        stays = (layer.tracks[ORDER].view() != DROPPED) & (layer.positions >= first)
-        slots = torch.where(stays, torch.arange(layer.n, device=stays.device), -1).sort(-1).values
-        return slots[..., int((~stays).sum(-1).min()) :]
+        return marked((layer.tracks[ORDER].view() != DROPPED) & (layer.positions >= first))
 
-    def _prepare(self, layer: KVLayer, call: Call) -> None:
-        """Gives the new entries their tracks and joins their queries to the last ones, once for each call."""
+    def _prepare(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        """Gives the new entries their tracks, once for each call, and the queries (batch, heads, any, head_dim): the new ones,
+        behind the last of earlier calls."""
         memory = layer.memory
         for name, kind in ((ORDER, torch.int32), (SPREAD, torch.float32)):
             have = layer.tracks[name].n if name in layer.tracks else 0
@@ -122,7 +121,7 @@ class TCAAttention(EvictMethod):
         if f"{self.id}.done" not in memory:  # the first call, or the first after a crop
             memory[f"{self.id}.done"] = blocks_done(layer, self.block)
         memory[f"{self.id}.seen"] = layer.seen
-        memory[f"{self.id}.joined"] = join_queries(memory, f"{self.id}.query", call.query, max(self.queries, self.recent + 1))
+        return join_queries(memory, f"{self.id}.query", call.query, max(self.queries, self.recent + 1))
 
     def _write(self, layer: KVLayer, row: int, stream: Stream) -> None:
         """What the stream has decided, into the tracks of its row."""
@@ -148,8 +147,7 @@ class TCAAttention(EvictMethod):
 
     def _plan(self, layer: KVLayer) -> Plan:
         """The sparsest configuration of every head of the model that retains ``tau``."""
-        policy = layer.request.policy
-        tables = find_profile(self.id, self.profile, policy.model if policy is not None else None)
+        tables = layer_tables(self.id, self.profile, layer)
         shares = distributions(tables["configurations"], self.block)
         density = shares @ sizes(self.block).double() / self.block
         enough = torch.tensor(tables["mass"], dtype=torch.float64) >= self.tau  # (layers, kv_heads, configurations)
@@ -167,14 +165,8 @@ class TCAAttention(EvictMethod):
             ``configurations``: pairs of mu and sigma (see ``distributions``), the last of which keeps everything;
             ``mass``: ``[layers][kv_heads][configurations]``; ``block``, ``recent``: what it was measured with.
         """
-        from laconic.hooks import apply
-
-        probe = _Retained(cls())
-        for ids in texts:
-            with apply(model, "dense") as handle, torch.no_grad():
-                handle.policy = probe
-                model(ids[None].to(model.device), use_cache=True, logits_to_keep=1)
-        mass = torch.stack([probe.found[i] / len(texts) for i in sorted(probe.found)])
+        probe = _Retained(cls()).read(model, texts)
+        mass = torch.stack(probe.layers) / len(texts)
         mass[..., -1] = 1.0
         return {
             "block": probe.method.block,
@@ -184,19 +176,15 @@ class TCAAttention(EvictMethod):
         }
 
 
-class _Retained(Policy):
-    """Dense attention that looks at what each configuration would have left of it."""
+class _Retained(Probe):
+    """Measures what each configuration would have left of the attention."""
 
     def __init__(self, method: TCAAttention) -> None:
-        from laconic.recipe import Recipe
-
-        super().__init__(Recipe.parse("dense").methods)
+        super().__init__()
         self.method = method
-        self.found: dict[int, torch.Tensor] = {}
 
-    def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
-        output = super().attend(layer, call)
-        self.method._prepare(layer, call)
+    def look(self, layer: KVLayer, call: Call) -> None:
+        queries = self.method._prepare(layer, call)[0]
         rows = min(ROWS, call.query.shape[2])
         dense = _last_weights(layer, call, rows)
         shares = distributions(configurations(self.method.block), self.method.block).to(dense.device)
@@ -204,7 +192,7 @@ class _Retained(Policy):
         for number, share in enumerate(shares):
             plan = Plan(0, share.expand(layer.heads, -1), torch.zeros(1, layer.heads))
             kept = torch.zeros(rows, *dense.shape[:2], device=dense.device)  # (rows, kv_heads, group)
-            for begin, end, slots in Stream.of(self.method, layer, call, 0, None, plan).pieces():
+            for begin, end, slots in Stream.of(self.method, layer, call, 0, None, plan, queries).pieces():
                 begin = max(begin, layer.n - rows)
                 if begin < end:
                     own = dense[:, :, begin - layer.n + rows : end - layer.n + rows]
@@ -213,15 +201,12 @@ class _Retained(Policy):
                     kept[begin - layer.n + rows : end - layer.n + rows] = held.permute(2, 0, 1)
             table[:, number] = kept.mean(0).amin(-1).cpu()
         self.found[layer.index] = self.found.get(layer.index, 0) + table
-        return output
 
 
 def _last_weights(layer: KVLayer, call: Call, rows: int) -> torch.Tensor:
     """Dense attention of the last ``rows`` queries of the first text, ``(kv_heads, group, rows, n)``."""
     query = call.query[0, :, -rows:].float().unflatten(0, (layer.heads, -1))
-    logits = query @ layer.keys[0].float().transpose(1, 2)[:, None] * call.scale
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = capped(query @ layer.keys[0].float().transpose(1, 2)[:, None] * call.scale, call.softcap)
     own = layer.positions[0, 0, -rows:, None]
     hidden = layer.positions[0, 0] > own
     if call.window is not None:

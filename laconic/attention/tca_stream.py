@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from laconic.attention.base import Call
-from laconic.cache import KVLayer, locate, take
+from laconic.buffers import locate, take
+from laconic.cache import KVLayer
 from laconic.primitives.allocate import apportion
+from laconic.primitives.scores import capped
+from laconic.primitives.select import marked
 
 if TYPE_CHECKING:
     from laconic.attention.tca_attention import TCAAttention
@@ -98,7 +101,10 @@ class Stream:
     probed: int = 0  # pairs of query and key that were computed to weigh tokens, per query head
 
     @classmethod
-    def of(cls, method: TCAAttention, layer: KVLayer, call: Call, row: int, limit: int | None, plan: Plan) -> Stream:
+    def of(
+        cls, method: TCAAttention, layer: KVLayer, call: Call, row: int, limit: int | None, plan: Plan, queries: torch.Tensor
+    ) -> Stream:
+        """The text of ``row`` up to this call, and ``queries`` (heads, any, head_dim) up to its newest token."""
         at = layer.positions[row].contiguous()
         length, new, done = int(layer.lengths[row]), call.query.shape[2], int(layer.memory[f"{method.id}.done"][row])
         order, spread = (layer.tracks[name].view()[row] for name in (ORDER, SPREAD))
@@ -107,7 +113,7 @@ class Stream:
         number = at.gather(1, slots.clamp(min=0)).clamp(min=0) // method.block
         table = torch.full((len(at), done + 1), float(WAITS), device=at.device)
         table.scatter_(1, torch.where(slots < 0, done, number), spread)
-        queries = layer.memory[f"{method.id}.joined"][row, :, -max(length, 1) :]
+        queries = queries[:, -max(length, 1) :]
         return cls(
             method, layer, call, row, limit, plan, at, length - min(new, length), length, queries, slots, order, number,
             slots >= 0, table[:, :done], done, done,
@@ -220,9 +226,7 @@ class Stream:
         for head in range(len(slots)):  # one at a time: weights of all probes and entries are held
             here = slots[head] >= 0
             keys = held[head][here].float()
-            logits = queries[head] @ keys.T * self.call.scale
-            if self.call.softcap is not None:
-                logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
+            logits = capped(queries[head] @ keys.T * self.call.scale, self.call.softcap)
             table = torch.full((len(logits), blocks * block), float("-inf"), device=slots.device)
             table[:, place[head][here]] = logits
             weight = table.unflatten(1, (blocks, block)).softmax(-1).nan_to_num(0.0).mean(0)
@@ -254,9 +258,8 @@ class Stream:
 
 
 def compact_slots(stays: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Where ``stays`` (heads, n) is true, ascending, -1 in front: ``(heads, most)``; and ``tensors`` (heads, n) there."""
-    index = torch.where(stays, torch.arange(stays.shape[1], device=stays.device), -1).sort(-1).values
-    index = index[:, int((~stays).sum(-1).min()) if stays.shape[1] else 0 :]
+    """Where ``stays`` (heads, n) is set (see ``marked``), and ``tensors`` (heads, n) there."""
+    index = marked(stays)
     return index, tuple(tensor.gather(1, index.clamp(min=0)) for tensor in tensors)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, ReadMethod
-from laconic.cache import KVLayer, take
+from laconic.buffers import take
+from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.select import hide, keep_top

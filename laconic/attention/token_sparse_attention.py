@@ -15,7 +15,7 @@ from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.primitives.reduce import pool
-from laconic.profiles import find_profile, need_file
+from laconic.profiles import layer_tables, need_file
 from laconic.registry import register
 
 TOGETHER = 4  # heads: with one at a time, threads would share its rows, and the last rows have the most to do
@@ -76,8 +76,7 @@ class TokenSparseAttention(PrefillMethod):
         """Whether this layer leaves tokens out."""
         if self.layers != "drift":
             return self.layers == "all" or layer.index >= (layer.layers + 1) // 2
-        policy = layer.request.policy
-        drift = find_profile(self.id, self.profile, policy.model if policy is not None else None)["drift"]
+        drift = layer_tables(self.id, self.profile, layer)["drift"]
         return layer.index in sorted(range(len(drift)), key=drift.__getitem__)[: len(drift) // 2]
 
     def choose_tokens(self, layer: KVLayer, call: Call, row: int, pad: int) -> torch.Tensor | None:

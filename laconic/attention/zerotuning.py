@@ -12,7 +12,7 @@ from laconic.attention.base import Call, ReweightMethod
 from laconic.attention.head_search import Score, measure_answers
 from laconic.cache import KVLayer
 from laconic.method import parameter
-from laconic.profiles import find_profile, need_file
+from laconic.profiles import layer_tables, need_file
 from laconic.registry import register
 
 UP, DOWN = (1.5, 2.0, 3.0, 4.0), (0.75, 0.5, 0.25, 0.1)  # what is tried; heads are told apart by the second of each
@@ -59,8 +59,7 @@ class ZeroTuning(ReweightMethod):
     def gammas(self, layer: KVLayer, heads: int) -> list[float]:
         """The gamma of every query head of the layer."""
         if self.profile:
-            policy = layer.request.policy
-            return find_profile(self.id, self.profile, policy.model if policy is not None else None)["gamma"][layer.index]
+            return layer_tables(self.id, self.profile, layer)["gamma"][layer.index]
         chosen = set(range(heads)) if self.heads == "all" else {int(n) for n in self.heads.split(";")}
         self.require(max(chosen) < heads, f"heads={self.heads} names head {max(chosen)}, but there are {heads}.")
         return [self.gamma if head in chosen else 1.0 for head in range(heads)]

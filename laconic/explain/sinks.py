@@ -17,9 +17,11 @@ import torch
 from laconic import kernels
 from laconic.attention.base import Call
 from laconic.attention.engine import Policy
+from laconic.attention.probe import Probe
 from laconic.cache import KVLayer
 from laconic.errors import LaconicError
 from laconic.hooks import apply
+from laconic.primitives.scores import capped
 from laconic.recipe import Recipe
 
 DORMANT = 0.5  # mean weight on the sink from which a head counts as dormant; below half of it, as active
@@ -74,12 +76,12 @@ def sink_report(model: torch.nn.Module, texts: Sequence[torch.Tensor]) -> SinkRe
     shortest = min(len(ids) for ids in texts)
     received, values, residual = [], [], []
     for ids in texts:
-        probe = _Probe(sinks=shortest)
+        probe = _Received(shortest)
         with apply(model, "dense") as handle, torch.no_grad():
             handle.policy = probe
             output = model(ids[None].to(model.device), output_hidden_states=True, use_cache=True)
-        received.append(torch.stack([probe.received[i] for i in sorted(probe.received)]))
-        values.append(torch.stack([probe.values[i] for i in sorted(probe.values)]))
+        received.append(torch.stack([got for got, _ in probe.layers]))
+        values.append(torch.stack([length for _, length in probe.layers]))
         norms = torch.stack([hidden[0, :shortest].float().norm(dim=-1) for hidden in output.hidden_states])
         residual.append(norms)
     mean = torch.stack(received).mean(0)  # (layers, heads, shortest)
@@ -93,27 +95,23 @@ def sink_report(model: torch.nn.Module, texts: Sequence[torch.Tensor]) -> SinkRe
     )
 
 
-class _Probe(Policy):
-    """Dense attention that notes, per layer, what the first tokens receive and how long their values are."""
+class _Received(Probe):
+    """Notes, per layer, what the first tokens receive and how long their values are."""
 
     def __init__(self, sinks: int) -> None:
-        super().__init__(Recipe.parse("dense").methods)
+        super().__init__()
         self.sinks = sinks
-        self.received: dict[int, torch.Tensor] = {}
-        self.values: dict[int, torch.Tensor] = {}
 
-    def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
-        output = super().attend(layer, call)
+    def look(self, layer: KVLayer, call: Call) -> None:
         n, heads = layer.n, call.query.shape[1]
         sums = kernels.column_sums(
             call.query, layer.keys, scale=call.scale, starts=layer.starts(), window=call.window, softcap=call.softcap
         )[0]
         later = (n - torch.arange(n, device=sums.device) - 1).clamp(min=1)
         own = _own_weight(call, layer)  # a token's attention to itself says nothing about sinks
-        self.received[layer.index] = ((sums - own)[:, : self.sinks] / later[: self.sinks]).cpu()
+        received = ((sums - own)[:, : self.sinks] / later[: self.sinks]).cpu()
         lengths = layer.values[0, :, : self.sinks].float().norm(dim=-1)
-        self.values[layer.index] = lengths.repeat_interleave(heads // lengths.shape[0], 0).cpu()
-        return output
+        self.found[layer.index] = received, lengths.repeat_interleave(heads // lengths.shape[0], 0).cpu()
 
 
 def _own_weight(call: Call, layer: KVLayer) -> torch.Tensor:
@@ -124,9 +122,7 @@ def _own_weight(call: Call, layer: KVLayer) -> torch.Tensor:
     slot = torch.arange(n, device=query.device)
     for begin in range(0, n, 128):
         rows = slot[begin : begin + 128]
-        logits = query[:, rows] @ keys[:, : int(rows[-1]) + 1].transpose(1, 2) * call.scale
-        if call.softcap is not None:
-            logits = call.softcap * torch.tanh(logits / call.softcap)
+        logits = capped(query[:, rows] @ keys[:, : int(rows[-1]) + 1].transpose(1, 2) * call.scale, call.softcap)
         hidden = slot[None, : logits.shape[-1]] > rows[:, None]
         if call.window is not None:
             hidden |= slot[None, : logits.shape[-1]] <= rows[:, None] - call.window

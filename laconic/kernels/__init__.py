@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from laconic.errors import LaconicError
@@ -34,10 +33,6 @@ def _implementation(*tensors: Array) -> ModuleType:
 
         return gpu
     return reference
-
-
-def _on_cpu(entries: Array) -> bool:
-    return entries.device.type == "cpu"
 
 
 def decode_attention(
@@ -168,25 +163,12 @@ def compact(entries: Array, slots: torch.Tensor, bases: torch.Tensor | None = No
         slots: int64 ``(batch, heads or 1, k)``, ascending.
         bases: with ``Ragged`` entries, where slot 0 of each row and head is to stand afterwards; None: where it stands.
     """
-    if _on_cpu(entries):
-        from laconic.kernels import cpu_common, cpu_moves
+    if entries.device.type == "cpu":
+        from laconic.kernels import cpu_moves
 
-        data, source, stride = cpu_common.flat(entries)
-        width = entries.shape[3] if len(entries.shape) == 4 else 1
-        target = source if bases is None else (bases * stride).contiguous().numpy()
-        cpu_moves.compact(data, source, target, stride, width, np.ascontiguousarray(slots.numpy()))
-        return
-    real = slots >= 0
-    if isinstance(entries, Ragged):
-        place = torch.arange(slots.shape[-1], device=slots.device) + (entries.bases if bases is None else bases)[..., None]
-        entries.data[place[real]] = entries.data[(entries.bases[..., None] + slots)[real]]
-        return
-    index = slots.clamp(min=0).expand(*entries.shape[:2], -1)
-    real, shape = real.expand_as(index), (*index.shape, *entries.shape[3:])
-    if entries.dim() == 4:
-        index, real = (t[..., None].expand(shape) for t in (index, real))
-    kept = entries[:, :, : slots.shape[-1]]
-    kept.copy_(torch.where(real, entries.gather(2, index), kept))
+        cpu_moves.compact(entries, slots, bases)
+    else:
+        reference.compact(entries, slots, bases)
 
 
 def column_sums(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from laconic.kernels.cpu_common import jit, use_threads
+from laconic.kernels.cpu_common import flat, jit, use_threads
 
 
 @jit()
@@ -37,10 +37,9 @@ def _compact(data, source, target, stride, width, slots):
                 _copy(data, begin, to, width)
 
 
-def compact(data, source, target, stride, width, slots):
-    """``data`` flat; source, target: int64 (batch, heads), offsets of slot 0 before and after; slots: (batch, heads or 1, k).
-
-    Slots ascend; -1 moves nothing.
-    """
-    use_threads(2 * data.itemsize * width * slots.size)
-    _compact(data, source, target, stride, width, slots)
+def compact(entries, slots, bases=None):
+    data, source, stride = flat(entries)
+    width = entries.shape[3] if len(entries.shape) == 4 else 1
+    target = source if bases is None else (bases * stride).contiguous().numpy()
+    use_threads(2 * data.itemsize * width * slots.numel())
+    _compact(data, source, target, stride, width, np.ascontiguousarray(slots.numpy()))

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from laconic.kernels.memory import empty
-
 SPARE = 4  # rows in front of the first head: kernels that take four rows at a time may look, but not use, so far ahead of it
 
 
@@ -32,17 +30,6 @@ class Ragged:
     n: int
 
     requires_grad = False
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, starts: torch.Tensor) -> Ragged:
-        """A copy of ``tensor`` (batch, kv_heads, n, dim) without the slots before ``starts`` (batch, kv_heads)."""
-        places = Places.of(starts, tensor.shape[2], 0)
-        data = empty((places.total, tensor.shape[3]), tensor.dtype, tensor.device)
-        data[:SPARE] = 0
-        slot = torch.arange(tensor.shape[2], device=tensor.device)
-        real = slot >= starts[..., None]
-        data[(places.bases[..., None] + slot)[real]] = tensor[real]
-        return cls(data, places.bases, starts, tensor.shape[2])
 
     @property
     def shape(self) -> torch.Size:

@@ -112,6 +112,20 @@ def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, p
     return sums.view(batch, heads, n)
 
 
+def compact(entries, slots, bases=None):
+    real = slots >= 0
+    if isinstance(entries, Ragged):
+        place = torch.arange(slots.shape[-1], device=slots.device) + (entries.bases if bases is None else bases)[..., None]
+        entries.data[place[real]] = entries.data[(entries.bases[..., None] + slots)[real]]
+        return
+    index = slots.clamp(min=0).expand(*entries.shape[:2], -1)
+    real, shape = real.expand_as(index), (*index.shape, *entries.shape[3:])
+    if entries.dim() == 4:
+        index, real = (t[..., None].expand(shape) for t in (index, real))
+    kept = entries[:, :, : slots.shape[-1]]
+    kept.copy_(torch.where(real, entries.gather(2, index), kept))
+
+
 def logits(query, keys, *, scale=1.0, indices=None):
     keys = dense(keys)
     if indices is not None:

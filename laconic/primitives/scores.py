@@ -8,6 +8,13 @@ from laconic import kernels
 from laconic.primitives.reduce import group
 
 
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Logits as a model with logit soft-capping has them (Gemma 2, 2024): softcap * tanh(logits / softcap); -inf stays."""
+    if softcap is None:
+        return logits
+    return (softcap * torch.tanh(logits / softcap)).masked_fill(logits == float("-inf"), float("-inf"))
+
+
 def attention_received(
     query: torch.Tensor,
     keys: torch.Tensor,

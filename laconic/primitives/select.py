@@ -104,6 +104,12 @@ def best(worth: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
     return picked
 
 
+def marked(stays: torch.Tensor) -> torch.Tensor:
+    """The slots where boolean ``stays`` (..., n) is set, int64 ``(..., k)`` ascending, -1 in front where others have more."""
+    slots = torch.where(stays, torch.arange(stays.shape[-1], device=stays.device), -1).sort(dim=-1).values
+    return slots[..., int((~stays).sum(-1).min()) :]
+
+
 def hide(slots: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
     """Empties those of the ascending ``slots`` (batch, heads or 1, k) that lie before ``starts`` (batch, kv_heads).
 

@@ -175,7 +175,7 @@ def cut(logits: list[torch.Tensor], share: float, least: int = 1, most: int = 10
             if not layer.n:
                 request.positions = torch.arange(80)[None]
                 layer.update(torch.randn(1, 1, 80, 8), torch.randn(1, 1, 80, 8))
-            quota = method._cut(layer, scores[None], torch.tensor([20]), torch.tensor([4 * most]))
+            quota = method._cut(layer, scores[None], torch.tensor([20]), torch.tensor([4 * most]), torch.tensor([True]))
             found.append(int(quota) // 4)
     return found
 

@@ -172,7 +172,7 @@ def test_borders_are_found_once_and_shared_by_the_layers(monkeypatch: pytest.Mon
     texts = [prompt(1, 120, seed=i)["input_ids"][0] for i in range(2)]
     made = make_profile("dhsa", model, texts, seed=0)
     assert {"weights", "borders", "found", "right"} == made.tables.keys() and 0 <= made.tables["borders"] < 1
-    monkeypatch.setattr(dhsa, "find_profile", lambda *_: made.tables)
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: made.tables)
     calls = []
     original = dhsa.choose_borders
     monkeypatch.setattr(dhsa, "choose_borders", lambda *a: calls.append(a) or original(*a))

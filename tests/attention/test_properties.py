@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -30,6 +29,13 @@ METHODS = {
 }
 CHOOSING = [name for name, cls in METHODS.items() if issubclass(cls, EvictMethod | ReadMethod)]
 SPREADING = ("pyramidkv", "spatten")  # these share the budget out over the layers themselves
+
+
+def get_chain(name: str) -> list[Any]:
+    """The stages by which a reader searches."""
+    return laconic.get(name).chain
+
+
 # the same methods where their memory over time matters
 LASTING = [
     "tokenselect(refresh=-1)",
@@ -42,6 +48,7 @@ LASTING = [
     "recycled_attention(every=1, similarity=2)",
     "h2o(normalise=true)",
     "tova(per_head=true)",
+    "actqkv(block=4, recent=4, share=0.5, least=1)",
 ]
 
 
@@ -64,10 +71,7 @@ def profiles(monkeypatch: pytest.MonkeyPatch) -> None:
             },
         }[method]
 
-    for cls in METHODS.values():
-        for module in {sys.modules[base.__module__] for base in cls.__mro__ if base.__module__.startswith("laconic.")}:
-            if hasattr(module, "find_profile"):
-                monkeypatch.setattr(module, "find_profile", tables)
+    monkeypatch.setattr("laconic.profiles.find_profile", tables)
 
 
 def protected(name: str) -> dict[str, int]:
@@ -298,6 +302,26 @@ def test_an_evictor_composes_with_everything(evictor: str, second: str) -> None:
     if issubclass(METHODS[second], ReadMethod) or not laconic.get(second).once:
         most = {"recycled_attention": 60 if evictor == "adakv" else 30, "adakv": 24, "tidaldecode": 37}.get(second, 12)
         assert handle.stats()["kept"] <= most
+
+
+@pytest.mark.parametrize("name", [n for n in CHOOSING if issubclass(METHODS[n], EvictMethod)])
+def test_once_leaves_alone_what_is_generated(name: str) -> None:
+    """The prompt is cut as ever, and then every head holds a token more with each step."""
+    first = None
+    for cache, _, seen in steps(f"{name}{small(name, 8, 2, 3)[:-1]}, once=true):24"):
+        held = torch.stack([(layer.positions >= 0).sum(-1) for layer in cache.layers])
+        first = held if first is None else first
+        assert torch.equal(held, first + seen - LENGTH)
+    assert bool((first.double().mean(0) < LENGTH - torch.tensor(PADS)[:, None]).all())
+
+
+@pytest.mark.parametrize("evictor", [n for n in CHOOSING if issubclass(METHODS[n], EvictMethod)])
+@pytest.mark.parametrize("reader", [n for n in CHOOSING if issubclass(METHODS[n], ReadMethod) and get_chain(n)])
+def test_heads_share_what_they_read_of_what_any_evictor_left(evictor: str, reader: str) -> None:
+    recipe = f"{evictor}{small(evictor, 4, 1, 2)}:30 + adakv({reader}{small(reader, 4, 1, 2)}):12"
+    for _, last, _ in itertools.islice(steps(recipe, pads=(0, 15)), 3):
+        handle = last
+    assert handle.stats()["kept"] <= 12
 
 
 @pytest.mark.parametrize("name", CHOOSING)

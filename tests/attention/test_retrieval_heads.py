@@ -14,7 +14,6 @@ from tiny import build, generate, prompt, shared
 
 import laconic
 from laconic import LaconicError, kernels
-from laconic.attention import retrieval_heads
 from laconic.attention.duo_attention import DuoAttention
 from laconic.attention.razor_attention import RazorAttention, best_heads, copy_scores
 from laconic.attention.streaming import Streaming
@@ -27,7 +26,7 @@ HEADS = {"induction": [[0.9, 0.1]], "echo": [[0.0, 0.1]], "gates": [[0.9, 0.1]]}
 
 @pytest.fixture
 def first_head_retrieves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval_heads, "find_profile", lambda method, path, model: HEADS)
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda method, path, model: HEADS)
 
 
 def by_hand(run: Run, row: int, head: int, n: int, dropped: range, mean: bool) -> torch.Tensor:
@@ -119,7 +118,7 @@ def test_without_profile_heads_it_is_streaming() -> None:
     assert Streaming(budget=laconic.Budget(amount=8)).sinks == DuoAttention().sinks
     retrieval_tables = {"gates": [[0.5, 0.5]]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval_heads, "find_profile", lambda *_: retrieval_tables)
+        patch.setattr("laconic.profiles.find_profile", lambda *_: retrieval_tables)
         qkv = random_qkv(40)
         runs = [Run(r, qkv, 30) for r in ("duo_attention(heads=0, recent=2):12", "streaming(recent=2):12")]
         for (_, ours), (_, theirs) in zip(*runs, strict=True):
@@ -128,7 +127,7 @@ def test_without_profile_heads_it_is_streaming() -> None:
 
 def test_steps_move_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of a head that stays at its length moves its first tokens, not its cache."""
-    monkeypatch.setattr(retrieval_heads, "find_profile", lambda *_: HEADS)
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: HEADS)
     run = Run("duo_attention(sinks=2, recent=16):60%", random_qkv(300), 200)
     moves = []
     run.piece(0, 200)
@@ -159,7 +158,7 @@ def test_memory_is_given_back_also_where_steps_do_all_the_cutting() -> None:
 
 def test_layers_without_retrieval_heads_do_not_grow() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval_heads, "find_profile", lambda *_: {"gates": [[0.5, 0.5]]})
+        patch.setattr("laconic.profiles.find_profile", lambda *_: {"gates": [[0.5, 0.5]]})
         run = Run("duo_attention(heads=0, sinks=2, recent=4):10", random_qkv(400), 20)
         for _ in run:
             assert run.layer.n <= 10 + 64 + 1
@@ -232,7 +231,7 @@ def test_the_built_in_model_answers_with_a_third_of_its_cache(name: str) -> None
 )
 def test_bad_input_is_one_sentence(recipe: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tables: dict[str, Any] = {"induction": [[0.9, 0.1]] * 2, "echo": [[0.9, 0.1]] * 2, "gates": [[0.9, 0.1]] * 2}
-    monkeypatch.setattr(retrieval_heads, "find_profile", lambda *_: tables)
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: tables)
     with pytest.raises(LaconicError, match=sentence), laconic.apply(shared(), recipe):
         shared()(**prompt(1, 100))
 
@@ -247,7 +246,7 @@ def test_the_merge_is_that_of_the_kernels() -> None:
     """What stands for evicted entries is one more partial attention."""
     run = Run("razor_attention(sinks=1, recent=2, induction=0, echo=0):5", random_qkv(14), 13)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval_heads, "find_profile", lambda *_: HEADS)
+        patch.setattr("laconic.profiles.find_profile", lambda *_: HEADS)
         run.piece(0, 13)
         rest = run.layer.rest
         got = run.piece(13, 14)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import laconic
 from laconic import LaconicError, kernels
-from laconic.attention import engine, fasa
+from laconic.attention import engine
 from laconic.kernels.index import KeyIndex
 
 ENDS = "sinks=2, recent=3"
@@ -20,7 +20,7 @@ ENDS = "sinks=2, recent=3"
 
 @pytest.fixture(autouse=True)
 def pairs_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fasa, "find_profile", lambda *_: {"rope": "half", "ranking": [[[2, 0, 1, 3]] * 2]})
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: {"rope": "half", "ranking": [[[2, 0, 1, 3]] * 2]})
 
 
 def reads(recipe: str, qkv: list[torch.Tensor], pads: tuple[int, ...] = (), softcap: float | None = None) -> tuple[Any, int]:

@@ -28,7 +28,7 @@ QUARTER, HALF, WHOLE = [-2.0, 0.0], [-1.0, 0.0], [0.0, 0.0]  # every block keeps
 def profile(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The first head needs half of its tokens, the second a quarter."""
     tables = {"configurations": [QUARTER, HALF, WHOLE], "mass": [[[0.7, 0.96, 1.0], [0.97, 0.98, 1.0]]]}
-    monkeypatch.setattr(tca_attention, "find_profile", lambda *_: tables)
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: tables)
     return tables
 
 

@@ -11,7 +11,6 @@ from tiny import build, prompt, shared
 
 import laconic
 from laconic import LaconicError
-from laconic.attention import token_sparse_attention
 from laconic.attention.token_sparse_attention import TokenSparseAttention, attend_among
 
 ALL = "layers=all"
@@ -124,7 +123,7 @@ def test_layers_by_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     first = float(((states[1] - states[0]).norm(dim=-1) / states[0].norm(dim=-1)).mean())
     again = TokenSparseAttention.calibrate(model, texts[:1])["drift"]
     assert len(drift) == 3 and again[0] == pytest.approx(first, abs=1e-4)
-    monkeypatch.setattr(token_sparse_attention, "find_profile", lambda *_: {"drift": [0.3, 0.1, 0.2]})
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: {"drift": [0.3, 0.1, 0.2]})
     with laconic.apply(model, "token_sparse_attention(layers=drift, window=4, least=1):20%") as handle, torch.no_grad():
         model(**prompt(1, 50))
         pairs = [figure["pairs"] for figure in handle._cache.request.figures.values()]

@@ -55,7 +55,7 @@ def recipes(kept: int, layers: int, shape: Shape, folder: Path) -> dict[str, str
             found["fasa"] = f"fasa(profile={folder / 'fasa.json'}):{kept}"
         elif row["needs"] == "nothing":
             found[row["id"]] = f"{row['id']}:{kept}"
-            if any(item["name"] == "int8" for item in row["parameters"]):
+            if any(item["name"] == "int8" and not item["default"] for item in row["parameters"]):
                 found[f"{row['id']}, int8"] = f"{row['id']}(int8=true):{kept}"
     return found
 

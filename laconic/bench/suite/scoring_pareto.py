@@ -16,6 +16,7 @@ from laconic import kernels
 from laconic.attention import fasa
 from laconic.attention.base import Call
 from laconic.attention.engine import Policy
+from laconic.attention.probe import Probe
 from laconic.attention.rope import Rope
 from laconic.bench.figure import Figure, Say
 from laconic.cache import KVCache, KVLayer
@@ -103,19 +104,13 @@ def needle_case(length: int, texts: int = TEXTS, steps: int = STEPS) -> Case:
     from laconic.evaluation.tasks import load_task
 
     model, tokenizer = laconic.load("needle")
-    seen: dict[int, Any] = {}
 
-    class Look(Policy):
-        def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
-            seen[layer.index] = (call.query.clone(), layer.keys.clone(), layer.values.clone())
-            return super().attend(layer, call)
+    class Look(Probe):
+        def look(self, layer: KVLayer, call: Call) -> None:
+            self.found[layer.index] = call.query.clone(), layer.keys.clone(), layer.values.clone()
 
-    found = []
-    for example in load_task("needle", tokenizer, lengths=[length], samples=texts).examples:
-        with laconic.apply(model, "dense") as handle, torch.no_grad():
-            handle.policy = Look(Recipe.parse("dense").methods)
-            model(**tokenizer(example.prompt, return_tensors="pt"), use_cache=True, logits_to_keep=1)
-        found.append([seen[index] for index in sorted(seen)])
+    examples = load_task("needle", tokenizer, lengths=[length], samples=texts).examples
+    found = [Look().read(model, tokenizer(e.prompt, return_tensors="pt")["input_ids"]).layers for e in examples]
     return Case(f"needle_{length}", found, steps, ZOO / "needle" / "profiles" / "fasa.json")
 
 
