@@ -94,6 +94,8 @@ class KVLayer(CacheLayerMixin):
         memory: anything else a method keeps for this request and layer (the last query, the last selection, ...).
             Tensors in it have the batch as first dimension and follow reordering.
         rest: one entry per row and head that stands for evicted ones, or None; see ``fold``.
+        turned: the keys as the running forward sees them, ``(batch, kv_heads, n, head_dim)``, where that is not as they were
+            written; see ``renumber``. Gone as soon as entries are evicted.
         slots: selections that a method wants to use again, int64 ``(batch, heads, k)``. They follow reordering and the
             passing of a sliding window, and are forgotten when entries are evicted or cropped.
     """
@@ -121,6 +123,7 @@ class KVLayer(CacheLayerMixin):
         self.slots: dict[str, torch.Tensor] = {}
         self._index: KeyIndex | None = None
         self._blocks: dict[tuple[int, str], KeyBlocks] = {}
+        self.turned: torch.Tensor | None = None
         self.is_initialized = False
 
     # --- what transformers calls -------------------------------------------------------------------------------------
@@ -203,9 +206,7 @@ class KVLayer(CacheLayerMixin):
             self._keep(order.masked_fill(take(gone, order) | (take(positions, order) < 0), -1))
         self.seen -= count
         self.memory = {name: value for name, value in self.memory.items() if name == "prompt"}  # shares stay what they were
-        self.slots.clear()
-        self._index = None
-        self._blocks = {}
+        self._outdate()
 
     def offload(self) -> None:
         raise LaconicError("Offloading is not supported inside laconic.apply: leave cache_implementation unset.")
@@ -227,6 +228,8 @@ class KVLayer(CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | Ragged | None:
         """``(batch, kv_heads, n, head_dim)``: a view, or a ``Ragged`` where heads keep different numbers of entries."""
+        if self.turned is not None:
+            return self.turned
         return None if self._keys is None else self._keys.view()
 
     @property
@@ -271,6 +274,17 @@ class KVLayer(CacheLayerMixin):
         """Slots of the entries at true ``positions`` (batch, heads or 1, k), ascending; -1 in front for what is not held."""
         return locate(self.shared_positions, positions)
 
+    def renumber(self, query: torch.Tensor) -> torch.Tensor:
+        """Shows the keys of the running forward as of a text without gaps, and gives back its queries moved along.
+
+        Args:
+            query: ``(batch, heads, new, head_dim)`` of the newest tokens, at the positions where they stand.
+        """
+        held = self.shared_positions >= 0
+        place = self.n - held.flip(-1).cumsum(-1).flip(-1)  # counted back from the newest, which all rows and heads share
+        self.turned = self.rope.rotate(dense(self._keys.view()), (place - self.shared_positions).masked_fill(~held, 0))
+        return self.rope.rotate(query, (self.n - self.lengths)[:, None, None])
+
     def keep(self, slots: torch.Tensor) -> None:
         """Evicts all but ``slots``, int64 ``(batch, kv_heads or 1, kept)`` ascending; -1 is an empty slot."""
         self._catch_up()
@@ -286,6 +300,7 @@ class KVLayer(CacheLayerMixin):
         if bool(nothing.any()):
             lead = int(nothing.sum(-1).min())  # empty in all rows and heads
             slots, nothing = slots[..., lead:], nothing[..., lead:]
+        self.turned = None
         saves = slots.shape[1] == self.heads and float(nothing.float().mean()) >= SAVES
         ragged = saves and bool((self.lengths > 0).all())  # no more padding can come
         self._keys, self._values = kept(self._keys, slots, ragged), kept(self._values, slots, ragged)
@@ -330,9 +345,7 @@ class KVLayer(CacheLayerMixin):
             self.padded = True
             for buffer in self._buffers() if lead else ():
                 buffer.drop_front(lead)
-        self.slots.clear()
-        self._index = None
-        self._blocks = {}
+        self._outdate()
 
     def pass_window(self, window: int) -> None:
         """Evicts all but the newest ``window`` entries of every row and head, which no later token can see."""
@@ -416,6 +429,13 @@ class KVLayer(CacheLayerMixin):
         if self._index is not None:
             self.key_index()
 
+    def _outdate(self) -> None:
+        """Forgets what was made of entries that have moved."""
+        self.slots.clear()
+        self._index = None
+        self._blocks = {}
+        self.turned = None
+
     def _close_gaps(self, count: int) -> None:
         """Moves empty slots among the newest ``count``, where rows of a batch differ, to the front, where all are expected."""
         gaps = self._positions.view() < 0
@@ -427,9 +447,7 @@ class KVLayer(CacheLayerMixin):
                 buffer.append(torch.zeros_like(buffer.view()[:, :, :1]).expand(-1, -1, self.n - buffer.n))
         order = gaps.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
         self._keep(order.masked_fill(gaps.gather(-1, order), -1))
-        self.slots.clear()
-        self._index = None
-        self._blocks = {}
+        self._outdate()
 
     def _buffers(self) -> list[Buffer]:
         return [b for b in (self._keys, self._values, self._positions, *self.tracks.values()) if b is not None]

@@ -78,6 +78,10 @@ class AdaKV(EvictMethod):
         return self.inner.reads_keys
 
     @property
+    def compacts(self) -> bool:
+        return isinstance(self.inner, EvictMethod) and self.inner.compacts
+
+    @property
     def watches(self) -> bool:
         return self.inner.watches
 

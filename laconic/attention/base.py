@@ -15,6 +15,8 @@ from laconic.method import Method, parameter
 from laconic.primitives.select import keep_top
 from laconic.selection import Selection
 
+POSITIONS = ("keep", "compact")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -116,6 +118,11 @@ class EvictMethod(AttentionMethod):
     recent: int = parameter(16, "newest tokens that are always kept", least=0)
     once: bool = parameter(False, "cut prompts only; what is generated afterwards all stays", search=())
 
+    @property
+    def compacts(self) -> bool:
+        """Whether what stays is attended to as a text without gaps."""
+        return False
+
     def drops_in_place(self, layer: KVLayer, call: Call) -> bool:
         """Whether ``keep`` may shift a few entries itself: in a step, unless the mass of what goes is to be measured on slots."""
         measured = layer.request.policy is not None and layer.request.policy.measure
@@ -156,6 +163,23 @@ class EvictMethod(AttentionMethod):
             return None
         sinks, recent = self.protected(self.quota(layer, call))
         return self.choose(layer, call, self.score(layer, call), sinks=sinks, recent=recent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenumberMethod(EvictMethod):
+    """Base of evicting methods that can attend to what stays as to a text without gaps, past the trained length too.
+
+    The keys are stored as they were written, and turned to their new places for each forward: a copy of what stays.
+    """
+
+    positions: str = parameter("keep", "keep: where the tokens stand; compact: what stays is renumbered without gaps", search=())
+
+    def check(self) -> None:
+        self.require(self.positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}.")
+
+    @property
+    def compacts(self) -> bool:
+        return self.positions == "compact"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -66,6 +67,11 @@ class Policy:
         if attending and others:
             raise LaconicError(f"{attending[0].id} attends in its own way, which {others[0]} would change: use one of them.")
         self.attending = attending[0] if attending else None
+        compacting = [m for m in self.evictors if m.compacts]
+        others = [m.id for m in (*self.evictors, *readers) if m not in compacting]
+        if compacting and others:
+            raise LaconicError(f"{compacting[0].id} renumbers what stays, which {others[0]} cannot follow: leave positions=keep.")
+        self.compacting = compacting[0] if compacting else None
         self.measure = measure
         self.model: torch.nn.Module | None = None  # which model it serves, where a method has to know
 
@@ -73,6 +79,7 @@ class Policy:
         """Output ``(batch, heads, new, head_dim)``; afterwards the layer holds what the methods keep."""
         if not call.decoding or "prompt" not in layer.memory:
             layer.memory["prompt"] = layer.lengths.clone()  # what shares are taken of
+        written, call = call, self._placed(layer, call)
         selection = self._select(layer, call)
         columns = self.reweighter.columns(layer, call) if self.reweighter is not None else None
         pairs: float | None = None  # of query and key; the share of a prompt's that was computed
@@ -91,6 +98,7 @@ class Policy:
         for method in self.evictors:  # all see the cache that this step attended to, then the first one evicts
             method.observe(layer, call)
         for method in self.evictors:
+            call = call if layer.turned is not None else self._placed(layer, written)
             slots = method.keep(layer, call) if method.evicts(call) else None
             counted = own is not None and method is self.attending
             if method.reads_keys and not counted and (slots is not None or method.watches):
@@ -101,12 +109,21 @@ class Policy:
                 layer.keep(slots)
         if call.window is not None and not layer.recording and layer.n > 2 * call.window:
             layer.pass_window(call.window)
+        layer.turned = None
         kept = layer.entries if selection is None else min(_read(selection), layer.entries)
         layer.request.figures[layer.index] = {
             "kept": kept, "bytes_kept": layer.bytes_kept, "bytes_read": read, "dropped_mass": mass,
             "pairs": pairs,
         }  # fmt: skip
         return output
+
+    def _placed(self, layer: KVLayer, call: Call) -> Call:
+        """The call with its queries, and the layer's keys, where a method that renumbers wants them."""
+        if self.compacting is None:
+            return call
+        known = "this model's rotary embedding is not understood, so positions=compact cannot work."
+        self.compacting.require(layer.rope is not None, known)
+        return dataclasses.replace(call, query=layer.renumber(call.query))
 
     def _select(self, layer: KVLayer, call: Call) -> Selection | None:
         if self.reader is None or (not call.decoding and not self.reader.reads_chunks):

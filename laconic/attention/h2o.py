@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import AttentionMethod, Call, EvictMethod
+from laconic.attention.base import AttentionMethod, Call, RenumberMethod
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
@@ -20,13 +20,16 @@ TRACK = "h2o"
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class H2O(EvictMethod):
+class H2O(RenumberMethod):
     """Keeps the tokens that received the most attention so far, and the newest; the budget is split between the two.
 
     The score of an entry is the sum of the probabilities that it received from every query since it was written, each
     softmax over the cache of its step. Early tokens were seen by more queries, so plain sums favour them; with
     ``normalise`` the sum is divided by the number of queries that could see the entry. A fact that nothing attended to
     before it is asked for is lost: that is the known weakness of the score.
+
+    Variants in use: the original evicts in every step (the default) or, streaming, renumbers what stays
+    (``positions=compact``); as a cut of the prompt it is ``once=true``, with ``normalise`` for the mean over queries.
     """
 
     id: ClassVar[str] = "h2o"
@@ -40,6 +43,7 @@ class H2O(EvictMethod):
     normalise: bool = parameter(False, "divide each sum by the number of queries that could see the entry")
 
     def check(self) -> None:
+        super().check()
         self.require(0 <= self.recent_share <= 1, "recent_share must lie between 0 and 1.")
         self.require(self.reduce in GROUP, f"reduce must be one of {', '.join(GROUP)}.")
 

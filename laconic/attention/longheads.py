@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import AttentionMethod, Call, ReadMethod
+from laconic.attention.base import POSITIONS, AttentionMethod, Call, ReadMethod
 from laconic.attention.queries import join_queries
 from laconic.cache import KVLayer
 from laconic.claims import Claim
@@ -17,7 +17,6 @@ from laconic.primitives.select import keep_top
 from laconic.registry import register
 from laconic.selection import Selection
 
-POSITIONS = ("keep", "compact")
 FLOATS = 1 << 24  # of attention weights inside chunks that are held at a time
 FORCED = torch.finfo(torch.float32).max  # above every score, below the protected tokens
 

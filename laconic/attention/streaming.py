@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import Call, EvictMethod
+from laconic.attention.base import Call, RenumberMethod
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
@@ -17,11 +17,11 @@ from laconic.registry import register
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Streaming(EvictMethod):
+class Streaming(RenumberMethod):
     """Keeps ``sinks`` first tokens and, for the rest of the budget, the newest.
 
-    The first tokens stay because attention parks its mass there when it has nothing to say. Positions are kept as they
-    were written; the original also renumbers them, which matters past the trained length.
+    The first tokens stay because attention parks its mass there when it has nothing to say. The original renumbers what
+    stays (``positions=compact``), which matters past the trained length.
     """
 
     id: ClassVar[str] = "streaming"

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from laconic.attention.base import AttentionMethod, Call, ReadMethod
+from laconic.attention.base import POSITIONS, AttentionMethod, Call, ReadMethod
 from laconic.attention.search import Blocks, Keys, Tokens, exact_keys, flat_vote, int8_keys
 from laconic.cache import KVLayer
 from laconic.claims import Claim
@@ -16,8 +16,6 @@ from laconic.primitives.reduce import pool
 from laconic.primitives.select import hide, keep_top
 from laconic.registry import register
 from laconic.selection import Selection
-
-POSITIONS = ("keep", "compact")
 
 
 @register
