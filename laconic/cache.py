@@ -61,6 +61,7 @@ class Request:
         onward: int64 ``(batch, k)``: positions of the tokens that layers deeper than the running one compute, -1 for none;
             None for all. A method sets it, and :class:`laconic.layers.LayerShrinker` sees to it.
         living: int64 ``(batch, k)``: positions of the rows that reach the running layer, -1 in front; None for all.
+        count: how many tokens came in, where fewer reach the first layer: what is left of ``positions`` is then theirs.
         figures: per layer, what the last forward kept and read (see ``Policy``).
         memory: what methods hand from layer to layer (a selection that deeper layers use again, scores that add up over
             depth). Tensors in it have the batch as first dimension and follow reordering; a crop empties it.
@@ -71,6 +72,7 @@ class Request:
         self.positions: torch.Tensor | None = None
         self.onward: torch.Tensor | None = None
         self.living: torch.Tensor | None = None
+        self.count: int | None = None
         self.figures: dict[int, dict[str, Any]] = {}
         self.memory: dict[str, Any] = {}
 
@@ -135,7 +137,8 @@ class KVLayer(CacheLayerMixin):
         batch, _, count, _ = key_states.shape
         positions = self.request.take(batch, count, self.seen, key_states.device)[:, None]
         self.padded = self.padded or bool((positions[:, :, 0] < 0).any())
-        self.seen += count if self.request.living is None else self.request.positions.shape[1]
+        came = self.request.positions if self.request.living is not None else key_states[:, 0]
+        self.seen += self.request.count or came.shape[1]
         if self._keys is None:
             self._keys, self._values = Buffer(key_states, self.reserve), Buffer(value_states, self.reserve)
             self._positions = Buffer(positions, self.reserve)
@@ -144,7 +147,7 @@ class KVLayer(CacheLayerMixin):
             self._keys.append(key_states)
             self._values.append(value_states)
             self._positions.append(positions.expand(-1, self._positions.view().shape[1], -1))
-            if self.request.living is not None:
+            if self.request.living is not None or self.request.count is not None:
                 self._close_gaps(count)
         keys, values = self.keys, self.values
         keys.laconic_layer = self  # how the attention function finds the request that it serves

@@ -17,6 +17,8 @@ from laconic.errors import LaconicError
 from laconic.layers import LayerShrinker
 from laconic.method import Method
 from laconic.recipe import Recipe
+from laconic.vision.base import VisionMethod
+from laconic.vision.entry import Entry
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_NAMES = ("cache", "past_key_values")
@@ -48,16 +50,17 @@ class Handle:
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, *, measure: bool, reserve: int) -> None:
         for method in recipe.methods:
-            if not isinstance(method, AttentionMethod):
+            if not isinstance(method, (AttentionMethod, VisionMethod)):
                 raise LaconicError(f"{method.id} works at the stage '{method.stage}', which apply does not reach yet.")
         self.model, self.recipe, self.reserve = model, recipe, reserve
-        self.policy = engine.Policy(recipe.methods, measure=measure)
+        self.policy = engine.Policy(tuple(m for m in recipe.methods if isinstance(m, AttentionMethod)), measure=measure)
         self.policy.model = model
         self._layers = check_model(model)
         self._rope = find_rope(model)
         self._depth = 0
         self._cache: KVCache | None = None
         self._shrinker: LayerShrinker | None = None
+        self.entry: Entry | None = None
         self._install()
 
     def __enter__(self) -> Handle:
@@ -79,8 +82,10 @@ class Handle:
             stack.reverse()
             stack.remove(self)  # the innermost of several entries of the same handle
             stack.reverse()
-        if self._shrinker is not None and self not in stack:
-            self._shrinker.remove()
+        if self not in stack:
+            for part in (self._shrinker, self.entry):
+                if part is not None:
+                    part.remove()
             self._shrinker = None
         if not stack:
             _restore(self.model)
@@ -115,8 +120,11 @@ class Handle:
         }
 
     def _install(self) -> None:
-        if self._shrinker is None and any(method.shortens for method in self.recipe.methods):
+        if self._shrinker is None and any(isinstance(m, AttentionMethod) and m.shortens for m in self.recipe.methods):
             self._shrinker = LayerShrinker(self.model)
+        looking = tuple(method for method in self.recipe.methods if isinstance(method, VisionMethod))
+        if looking and self not in _stack(self.model):
+            self.entry = Entry(self.model, looking)
         if not _stack(self.model):
             _prepare(self.model)
         _stack(self.model).append(self)
@@ -133,7 +141,8 @@ class Handle:
         name = next((n for n in CACHE_NAMES if arguments.get(n) is not None), None)
         cache = arguments.get(name) if name else None
         use_cache = arguments.get("use_cache")
-        if cache is None and (use_cache is False or (use_cache is None and not self.model.config.use_cache)):
+        uncached = use_cache is False or (use_cache is None and not self.model.config.get_text_config().use_cache)
+        if cache is None and uncached and self.entry is None:
             return {}
         changes: dict[str, Any] = {}
         if cache is None:
@@ -143,6 +152,8 @@ class Handle:
             _take_over(cache, self._layers, self.reserve, arguments.get("attention_mask"))
         self._adopt(cache)
         cache.request.positions = _positions(arguments, cache.get_seq_length())
+        if self.entry is not None:
+            self.entry.start(cache.request, arguments)
         if self._shrinker is not None:
             self._shrinker.start(cache.request)
         return changes

@@ -12,7 +12,7 @@ from typing import Any
 from laconic.errors import LaconicError, quote
 from laconic.method import GUARANTEES, NEEDS, Method
 
-FAMILIES = ("laconic.attention",)
+FAMILIES = ("laconic.attention", "laconic.vision")
 _methods: dict[str, type[Method]] = {}
 _loaded = False
 

@@ -7,6 +7,8 @@ import torch
 from laconic import kernels
 from laconic.primitives.reduce import group
 
+ROWS = 256  # queries whose attention is held at a time
+
 
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Logits as a model with logit soft-capping has them (Gemma 2, 2024): softcap * tanh(logits / softcap); -inf stays."""
@@ -37,6 +39,26 @@ def attention_received(
     """
     columns = kernels.column_sums(query, keys, scale=scale, starts=starts, window=window, softcap=softcap)
     return group(columns, keys.shape[1], reduce)
+
+
+def full_attention_received(query: torch.Tensor, keys: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Attention that each key receives from all queries of an encoder, where every token sees every other.
+
+    Args:
+        query, keys: ``(batch, heads, n, head_dim)``.
+
+    Returns:
+        float32 ``(batch, n)``: summed over the queries, mean over the heads; 1 everywhere where attention is even.
+    """
+    batch, heads, n, _ = query.shape
+    total = torch.zeros(batch, n, device=query.device)
+    turned = keys.transpose(-1, -2)
+    for row in range(batch):  # a block of one picture's rows at a time, in memory that stays warm
+        for head in range(heads):
+            for begin in range(0, n, ROWS):
+                block = (query[row, head, begin : begin + ROWS] @ turned[row, head]).float().mul_(scale)
+                total[row] += block.softmax(-1).sum(0)
+    return total / heads
 
 
 def key_norm(keys: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,335 @@
+"""Train the built-in `shapes` model: ``python -m laconic.models.train_shapes --out DIR``.
+
+The curriculum starts with pictures of 6 x 6 patches, a window of the full grid, and goes to 12 x 12 and 24 x 24 when the
+answers are right often enough, or at an eighth and at half of the time. Each scene carries several questions in one sequence,
+which see the picture and themselves but not each other. While training, small extra heads name what each patch shows and what
+the class token has seen, as pretraining would have taught; they are not saved. State is saved beside the model, so that a
+stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import queue
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from laconic.models.scenes import CELL, COLOURS, SHAPES, SIDE, TYPES, WORDS, Scene, ask, covered, make_scene
+from laconic.models.shapes_processor import make_processor, vocabulary
+
+SIDES = (84, 168, SIDE)  # pixels of the pictures, one size after another
+UNTIL = (0.125, 0.5, 1.0)  # share of the time at which the next size begins at the latest
+PASS = 0.92  # mean share of right answers that opens the next size
+PER_SCENE = {84: 8, 168: 10, SIDE: 14}  # questions
+BATCH = {84: 64, 168: 24, SIDE: 8}  # scenes
+RATE = 1e-3
+IGNORED = -100
+MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
+FACTS = {"shape": len(SHAPES) + 2, "colour": len(COLOURS) + 1, "middle": 2, "word": len(WORDS) + 1, "tens": 11, "ones": 11}
+
+
+def build_model():
+    """A LLaVA of standard architecture with random weights: a CLIP vision tower, a projector, a Llama."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=96, intermediate_size=384, num_hidden_layers=5, num_attention_heads=3, image_size=SIDE, patch_size=CELL,
+        projection_dim=96,
+    )  # fmt: skip
+    names = vocabulary()
+    text = LlamaConfig(
+        vocab_size=len(names), hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.09, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=names.index("<image>"), image_seq_length=(SIDE // CELL) ** 2,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight.normal_(0.0, 1.0)
+        tower.embeddings.position_embedding.weight[1:] = 0.5 * grid_positions(SIDE // CELL, vision.hidden_size)
+        for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+            linear.weight.normal_(0.0, 0.12)  # pictures come in as loud as words
+        for layer in tower.encoder.layers:  # CLIP's own start is made for much wider models
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.fc1):
+                linear.weight.normal_(0.0, 0.08)
+    return model
+
+
+def grid_positions(side: int, width: int) -> torch.Tensor:
+    """Sines and cosines of both coordinates, ``(side * side, width)``: what position embeddings start from."""
+    rates = torch.exp(torch.arange(width // 4) * (-np.log(100.0) / (width // 4)))
+    angles = torch.arange(side)[:, None] * rates
+    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, width / 2)
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(side * side, -1)
+
+
+class Heads(torch.nn.Module):
+    """What patches and the class token are asked while training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patch = torch.nn.Linear(width, sum(FACTS.values()))
+        kinds = len(SHAPES) * len(COLOURS)
+        self.seen = torch.nn.Linear(width, kinds + sum(FACTS[name] for name in ("word", "tens", "ones")))
+
+    def losses(self, patches: torch.Tensor, token: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Sum of the cross entropies, patches ``(batch, n, width)`` and class token ``(batch, width)``."""
+        total = patches.new_zeros(())
+        parts = self.patch(patches).float().split(list(FACTS.values()), dim=-1)
+        for (name, kinds), logits in zip(FACTS.items(), parts, strict=True):
+            weight = torch.ones(kinds)
+            if name == "middle":
+                weight[1] = 10.0
+            total = total + cross_entropy(logits.flatten(0, 1), batch.facts[name].flatten(), weight, ignore_index=IGNORED)
+        kinds = batch.kinds.shape[1]
+        seen = self.seen(token).float()
+        total = total + 10 * binary_cross_entropy_with_logits(seen[:, :kinds], batch.kinds)
+        begin = kinds
+        for name in ("word", "tens", "ones"):
+            logits, begin = seen[:, begin : begin + FACTS[name]], begin + FACTS[name]
+            total = total + 0.5 * cross_entropy(logits, batch.sign[name])
+        return total
+
+
+@dataclass
+class Batch:
+    """Tensors of a batch of scenes, and of their questions in one sequence per scene behind the picture."""
+
+    pixels: torch.Tensor  # (batch, 3, side, side)
+    places: torch.Tensor  # (batch, 1 + patches): rows of the position table, 0 the class token's
+    ids: torch.Tensor  # (batch, text)
+    block: torch.Tensor  # (batch, text): which question a token belongs to, -1 for the beginning, -2 for padding
+    positions: torch.Tensor  # (batch, 1 + patches + text) of the language model
+    answers: torch.Tensor  # (batch, text): the token that follows where it is asked for, IGNORED elsewhere
+    types: np.ndarray  # (batch, questions) of TYPES
+    facts: dict[str, torch.Tensor]
+    kinds: torch.Tensor
+    sign: dict[str, torch.Tensor]
+
+
+class SceneMaker:
+    """Batches of rendered scenes with questions, made by a thread ahead of time."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.tokenizer = make_processor().tokenizer
+        self.side = SIDES[0]
+        self._ready: queue.Queue = queue.Queue(maxsize=4)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def batch(self, side: int) -> Batch:
+        """The next batch of pictures of ``side`` pixels."""
+        self.side = side
+        while True:
+            batch = self._ready.get()
+            if batch.pixels.shape[-1] == side:
+                return batch
+
+    def _work(self) -> None:
+        while True:
+            self._ready.put(self._make(self.side))
+
+    def _make(self, side: int) -> Batch:
+        scenes, asked = [], []
+        while len(scenes) < BATCH[side]:
+            scene = make_scene(self.rng, side)
+            questions = [q for i in range(2 * PER_SCENE[side]) if (q := ask(scene, self.rng, TYPES[i % len(TYPES)]))]
+            if len(questions) >= 4:
+                scenes.append(scene)
+                asked.append(list(dict.fromkeys(questions))[: PER_SCENE[side]])
+        return assemble(scenes, asked, self.tokenizer, self.rng)
+
+
+def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.Generator) -> Batch:
+    """The tensors of scenes and their questions; the window of a small picture lies anywhere in the full grid."""
+    side = scenes[0].side
+    n, full = side // CELL, SIDE // CELL
+    pixels = np.stack([np.asarray(scene.render()) for scene in scenes])
+    pixels = ((pixels / 255.0 - MEAN) / STD).transpose(0, 3, 1, 2)
+    corner = rng.integers(0, full - n + 1, (len(scenes), 2))
+    grid = (corner[:, :1, None] + np.arange(n)[:, None]) * full + corner[:, 1:, None] + np.arange(n)
+    places = np.concatenate([np.zeros((len(scenes), 1), int), 1 + grid.reshape(len(scenes), -1)], axis=1)
+    rows = [[tokenizer(f"{q.text} {q.answer} <eos>", add_special_tokens=False)["input_ids"] for q in qs] for qs in asked]
+    longest = max(sum(map(len, row)) for row in rows)
+    ids, block = np.zeros((len(rows), longest), int), np.full((len(rows), longest), -2)
+    answers, places_of_text = np.full((len(rows), longest), IGNORED), np.zeros((len(rows), longest), int)
+    for r, (row, questions) in enumerate(zip(rows, asked, strict=True)):
+        at = 0
+        for i, (tokens, question) in enumerate(zip(row, questions, strict=True)):
+            end, spoken = at + len(tokens), len(question.answer.split()) + 1
+            ids[r, at:end], block[r, at:end] = tokens, i
+            places_of_text[r, at:end] = np.arange(1 + n * n, 1 + n * n + len(tokens))
+            answers[r, end - spoken - 1 : end - 1] = tokens[-spoken:]
+            at = end
+    positions = np.concatenate([np.broadcast_to(np.arange(1 + n * n), (len(rows), 1 + n * n)), places_of_text], axis=1)
+    most = max(map(len, asked))
+    types = np.array([[TYPES.index(q.type) for q in qs] + [-1] * (most - len(qs)) for qs in asked])
+    facts, kinds, sign = label(scenes)
+    return Batch(torch.from_numpy(pixels).float(), *map(torch.from_numpy, (places, ids, block, positions, answers)),
+                 types, facts, kinds, sign)  # fmt: skip
+
+
+def label(scenes: list[Scene]) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+    """What each patch shows, ``(batch, patches)`` by name, which kinds of things are there, and what the sign says."""
+    n = scenes[0].side // CELL
+    facts = {name: np.zeros((len(scenes), n, n), dtype=int) for name in FACTS}
+    kinds = np.zeros((len(scenes), len(SHAPES), len(COLOURS)), dtype=np.float32)
+    sign = {name: np.zeros(len(scenes), dtype=int) for name in ("word", "tens", "ones")}
+    for i, scene in enumerate(scenes):
+        for thing in scene.things:
+            cells = covered(thing, n)
+            shape, colour = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)
+            facts["shape"][i][cells], facts["colour"][i][cells] = shape + 1, colour + 1
+            facts["middle"][i][int(thing.y // CELL), int(thing.x // CELL)] = 1
+            kinds[i, shape, colour] = 1
+        plate = scene.cells("sign")
+        facts["shape"][i][plate] = len(SHAPES) + 1
+        for name in ("word", "tens", "ones"):
+            facts[name][i][~plate] = IGNORED
+        if scene.sign is not None:
+            said = read(scene.sign.text)
+            for name, value in said.items():
+                facts[name][i][plate] = value
+                sign[name][i] = value
+    return (
+        {name: torch.from_numpy(value.reshape(len(scenes), -1)) for name, value in facts.items()},
+        torch.from_numpy(kinds.reshape(len(scenes), -1)),
+        {name: torch.from_numpy(value) for name, value in sign.items()},
+    )
+
+
+def read(text: str) -> dict[str, int]:
+    """A sign's text as numbers of classes, 0 for none."""
+    if not text.isdigit():
+        return {"word": WORDS.index(text) + 1, "tens": 0, "ones": 0}
+    return {"word": 0, "tens": int(text[0]) + 1 if len(text) > 1 else 0, "ones": int(text[-1]) + 1}
+
+
+def encode(model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the patches, ``(batch, patches, width)``, and of the class token at the end of the tower."""
+    tower = model.model.vision_tower
+    embeddings = tower.embeddings
+    patches = embeddings.patch_embedding(batch.pixels).flatten(2).transpose(1, 2)
+    token = embeddings.class_embedding.expand(len(patches), 1, -1)
+    hidden = torch.cat([token, patches], dim=1) + embeddings.position_embedding(batch.places)
+    hidden = tower.pre_layrnorm(hidden)
+    features = None
+    for layer in tower.encoder.layers:
+        features, hidden = hidden, layer(hidden, attention_mask=None)
+    return features[:, 1:], tower.post_layernorm(hidden[:, 0])
+
+
+def losses(model, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Loss of the answers, loss of the extra heads, and which questions were answered right ``(batch, questions)``."""
+    with torch.autocast("cpu", torch.bfloat16):
+        features, token = encode(model, batch)
+        extra = heads.losses(features, token, batch)
+        words = model.model.language_model.embed_tokens
+        begin = words(torch.full((len(batch.ids), 1), 1))
+        image = model.model.multi_modal_projector(features)
+        hidden = torch.cat([begin, image.to(begin.dtype), words(batch.ids)], dim=1)
+        text = batch.ids.shape[1]
+        before = hidden.shape[1] - text
+        block = torch.cat([torch.full((len(batch.ids), before), -1), batch.block], dim=1)
+        own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1)
+        causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
+        hidden = model.model.language_model(
+            inputs_embeds=hidden, attention_mask=(own & causal)[:, None], position_ids=batch.positions, use_cache=False
+        ).last_hidden_state[:, before:]
+    asked = batch.answers != IGNORED
+    logits, target = model.lm_head(hidden[asked].float()), batch.answers[asked]
+    wrong = torch.zeros(len(batch.ids), batch.types.shape[1], dtype=torch.bool)
+    row, _ = asked.nonzero(as_tuple=True)
+    miss = logits.argmax(-1) != target
+    wrong[row[miss], batch.block[asked][miss]] = True
+    return cross_entropy(logits, target), extra, ~wrong.numpy()
+
+
+def train(out: Path, minutes: float, seed: int) -> None:
+    """Train for ``minutes`` of wall clock, counted over all resumed runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    make_processor().save_pretrained(out)
+    model = build_model()
+    heads = Heads(model.config.vision_config.hidden_size)
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    state = {"step": 0, "side": SIDES[0], "elapsed": 0.0, "scenes": 0}
+    if (out / "resume.pt").exists():
+        saved = torch.load(out / "resume.pt")
+        for part, name in ((model, "model"), (heads, "heads"), (optimizer, "optimizer")):
+            part.load_state_dict(saved[name])
+        state = {key: saved[key] for key in state}
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    loop(model, heads, optimizer, state, out, minutes, SceneMaker(seed + state["step"]))
+
+
+def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker: SceneMaker) -> None:
+    """The training loop: one batch of scenes a step."""
+    begun, before, last_save = time.time(), state["elapsed"], time.time()
+    right: dict[str, list[float]] = defaultdict(list)
+    while state["elapsed"] < minutes * 60:
+        share = state["elapsed"] / (minutes * 60)
+        rate = RATE * min(1.0, (state["step"] + 1) / 100) * min(1.0, max(0.03, (1 - share) / 0.4))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = maker.batch(state["side"])
+        loss, extra, correct = losses(model, heads, batch)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + 0.3 * extra).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for i, name in enumerate(TYPES):
+            right[name] = [*right[name], *correct[batch.types == i]][-400:]
+        state.update(step=state["step"] + 1, scenes=state["scenes"] + len(batch.ids), elapsed=before + time.time() - begun)
+        means = {name: float(np.mean(values)) for name, values in right.items()}
+        if state["step"] % 25 == 0:
+            said = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
+            at = f"{state['elapsed']:6.0f} s  step {state['step']}  side {state['side']}  scenes {state['scenes']}"
+            print(f"{at}  loss {loss.item():.3f}  extra {extra.item():.3f}  {said}", flush=True)
+        stage = SIDES.index(state["side"])
+        known = min(map(len, right.values())) == 400 and np.mean(list(means.values())) > PASS
+        passed = state["side"] != SIDE and (share > UNTIL[stage] or known)
+        if passed:
+            print(f"{state['elapsed']:6.0f} s  step {state['step']}  passed {state['side']} pixels", flush=True)
+            state["side"] = SIDES[stage + 1]
+            right.clear()
+        if passed or time.time() - last_save > 120:
+            save(model, heads, optimizer, out, state)
+            last_save = time.time()
+    save(model, heads, optimizer, out, state)
+
+
+def save(model, heads, optimizer, out: Path, state: dict) -> None:
+    """Write the weights in bf16 and, beside them, the state to go on from."""
+    parts = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**parts, **state}, out / "resume.tmp")
+    (out / "resume.tmp").replace(out / "resume.pt")
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description="Train the built-in shapes model on CPU, in about two hours.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model, processor and resume state")
+    parser.add_argument("--minutes", type=float, default=120.0, help="wall-clock budget (default 120)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.minutes, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Where pictures enter the language model: the one place that shortens prompts for every vision-language model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from laconic.cache import Request
+from laconic.errors import LaconicError
+from laconic.layers import _map, _take_rows
+from laconic.models.pictures import Seen, find_eyes, look, spans
+from laconic.vision.base import Reduction, VisionMethod
+from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
+from laconic.vision.picture import Picture
+
+SHIFT = "vision.shift"  # per row: by how much later tokens are moved where positions are compact
+
+
+class Entry:
+    """Hooks on a vision-language model that let ``methods`` shorten its pictures, one after another.
+
+    While a forward with pictures runs, the encoder's attention is asked for what the methods want; at the language model's
+    entry the rows of what they drop are taken out of all that it gets. The cache receives the tokens that stay with their true
+    positions, and counts those that came in, so that whatever follows stands where it would have stood.
+    """
+
+    def __init__(self, model: torch.nn.Module, methods: tuple[VisionMethod, ...]) -> None:
+        self.methods, self.eyes = methods, find_eyes(model)
+        self.compact = any(m.positions == "compact" for m in methods)
+        self.reductions: list[Reduction] = []
+        self.pictures: list[Picture] = []
+        self._request: Request | None = None
+        self._arguments: dict[str, Any] = {}
+        self._trace: Trace | None = None
+        self.seen: Seen | None = None  # of the latest forward with pictures, as are ``pictures`` and ``reductions``
+        self._shortens = False
+        self._encoded: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+        depth = len(find_blocks(self.eyes.tower))
+        self._wants = frozenset(want for method in methods for want in method.wants(depth))
+        _register()
+        Trace(self.eyes.tower, self._wants).stop()  # says now what the encoder cannot give
+        self._install(model)
+
+    def _install(self, model: torch.nn.Module) -> None:
+        inner, original = self.eyes.inner, self.eyes.inner.get_image_features
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            return self._watch(original, signature.bind_partial(*args, **kwargs).arguments, args, kwargs)
+
+        inner.__dict__["get_image_features"] = watched
+        self._hooks = [
+            self.eyes.projector.register_forward_pre_hook(self._remember, with_kwargs=True),
+            self.eyes.language.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.eyes.language.register_forward_hook(self._leave),
+            model.register_forward_hook(lambda *_: self.stop(), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks out of the model."""
+        self.eyes.inner.__dict__.pop("get_image_features", None)
+        for hook in self._hooks:
+            hook.remove()
+
+    def start(self, request: Request, arguments: dict[str, Any]) -> None:
+        """Serves the forward that begins now, with the ``arguments`` of the model."""
+        self.stop()
+        self._request, self._arguments = request, arguments
+
+    def stop(self) -> None:
+        """The forward is over, or has failed."""
+        if self._trace is not None:
+            self._trace.stop()
+        if self._request is not None:
+            self._request.count = None
+        self._request = self._trace = self._encoded = self._rows = None
+        self._shortens = False
+        self._arguments = {}
+
+    def _watch(self, original: Any, given: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Runs the encoder under observation."""
+        if self._request is None:
+            return original(*args, **kwargs)
+        self._trace = Trace(self.eyes.tower, self._wants)
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self._trace.stop()
+        self.seen = look(self.eyes, output, {**self._arguments, **given})
+        self._shortens = True
+        return output
+
+    def _remember(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._request is not None and self._encoded is None:
+            self._encoded = args[0] if args else next(iter(kwargs.values()))
+
+    def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        request = self._request
+        if request is None:
+            return None
+        if self._shortens:
+            kwargs = self._shorten(kwargs)
+        shift = request.memory.get(SHIFT)
+        if shift is not None and not self._shortens:
+            kwargs = {**kwargs, "position_ids": self._positions(kwargs) - shift[:, None]}
+        return args, kwargs
+
+    def _shorten(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The language model's arguments without the rows that are dropped."""
+        request, embeddings = self._request, kwargs["inputs_embeds"]
+        ids = self._arguments.get("input_ids")
+        if ids is None:
+            raise LaconicError("Pictures are found by the ids of their tokens: give input_ids, not inputs_embeds.")
+        positions = request.positions.to(embeddings.device)
+        stays = positions >= 0
+        embeddings = embeddings.clone()
+        self.pictures, self.reductions = self._open(ids, embeddings, stays), []
+        for picture, (row, slots) in zip(self.pictures, spans(ids, self.eyes, self.seen), strict=True):
+            reduction = self._reduce(picture)
+            self.reductions.append(reduction)
+            gone = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
+            gone[reduction.kept] = False
+            gone &= ~picture.layout.separators.to(gone.device)
+            stays[row, slots[gone]] = False
+            if reduction.features is not None:
+                embeddings[row, slots[reduction.kept]] = reduction.features.to(embeddings.dtype)
+        if bool(stays.eq(positions >= 0).all()):
+            return {**kwargs, "inputs_embeds": embeddings}
+        return self._take({**kwargs, "inputs_embeds": embeddings}, stays)
+
+    def _reduce(self, picture: Picture) -> Reduction:
+        """What all methods in turn leave of a picture."""
+        cells = picture.cells
+        reduction = Reduction(cells)
+        for method in self.methods:
+            k = method.budget.tokens(len(cells))
+            if k >= len(reduction.kept):
+                continue
+            if len(reduction.kept) < len(cells):
+                raise LaconicError(f"{method.id} would shorten a picture that is shortened already: keep one of the two.")
+            reduction = method.reduce(picture, k)
+        return reduction
+
+    def _open(self, ids: torch.Tensor, embeddings: torch.Tensor, real: torch.Tensor) -> list[Picture]:
+        """The pictures of this forward in the order of the prompt."""
+        seen, pictures = self.seen, []
+        special = ids == self.eyes.image
+        if self.eyes.video is not None:
+            special |= ids == self.eyes.video
+        for i, (row, slots) in enumerate(spans(ids, self.eyes, seen)):
+            words = (real[row] & ~special[row]).nonzero()[:, 0]
+            pictures.append(
+                Picture(
+                    features=embeddings[row, slots], layout=seen.layouts[i], text=embeddings[row, words],
+                    text_ids=ids[row, words], after=words > slots[-1], trace=self._trace, encoded=self._encoded,
+                    first=seen.firsts[i], window=seen.windows[i], order=seen.orders[i], number=i, projector=self.eyes.projector,
+                )
+            )  # fmt: skip
+        return pictures
+
+    def _take(self, kwargs: dict[str, Any], stays: torch.Tensor) -> dict[str, Any]:
+        """Only the rows that stay, padded on the left; tells the cache which they are."""
+        request, (batch, count) = self._request, stays.shape
+        width = int(stays.sum(-1).max())
+        order = stays.to(torch.int8).argsort(dim=-1, stable=True)[:, count - width :]
+        kept = stays.gather(1, order)
+        self._rows = order.masked_fill(~kept, -1)
+        positions = self._positions(kwargs)
+        deep, mask = kwargs.pop("deepstack_visual_embeds", None), kwargs.pop("attention_mask", None)
+        marks = kwargs.get("visual_pos_masks")
+        kwargs = _map({**kwargs, "position_ids": positions}, lambda tensor: _take_rows(tensor, order, batch, count))
+        if deep is not None:
+            alive = stays[marks.to(stays.device)]
+            kwargs["deepstack_visual_embeds"] = [part[alive.to(part.device)] for part in deep]
+            kwargs["visual_pos_masks"] = kwargs["visual_pos_masks"] & kept.to(marks.device)
+        kwargs["attention_mask"] = mask if isinstance(mask, dict) else kept.long()
+        if self.compact:
+            kwargs["position_ids"] = self._renumber(kwargs["position_ids"], positions, kept)
+        request.positions = request.positions.to(order.device).gather(1, order).masked_fill(~kept, -1)
+        request.count = count
+        return kwargs
+
+    def _positions(self, kwargs: dict[str, Any]) -> torch.Tensor:
+        """What the rotary embedding is given: the caller's positions, or the places in the text."""
+        given = kwargs.get("position_ids")
+        return self._request.positions.clamp(min=0) if given is None else given
+
+    def _renumber(self, kept_positions: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Positions without gaps; later tokens are moved by as much as the last one was."""
+        if positions.dim() != 2:
+            raise LaconicError("This model places pictures in rows and columns, which cannot be renumbered: leave positions=keep.")
+        compact = (kept.long().cumsum(-1) - 1).clamp(min=0)
+        first = positions.amin(-1, keepdim=True)
+        shift = kept_positions[:, -1] - (compact + first)[:, -1]
+        known = self._request.memory.get(SHIFT)
+        self._request.memory[SHIFT] = shift if known is None else known + shift
+        return compact + first
+
+    def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        """Puts the rows back where they stood, zero where tokens were dropped, so that the output has its usual length."""
+        if self._rows is None:
+            return None
+        rows = self._rows
+        short = output.last_hidden_state
+        whole = short.new_zeros(short.shape[0], self._request.count, short.shape[-1])
+        row, slot = (rows >= 0).nonzero(as_tuple=True)
+        whole[row, rows[row, slot]] = short[row, slot]
+        output.last_hidden_state = whole
+        return output
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, vision_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,151 @@
+"""One picture inside a prompt: its tokens, where each lies, and what the encoder thinks of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from laconic.errors import LaconicError
+from laconic.vision.encoder import Trace
+
+SEPARATOR = -1  # the crop of a token that is no part of the picture, such as the mark at the end of a row
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one picture lie, each int64 ``(n,)``.
+
+    Attributes:
+        crop: which of the pictures that the encoder saw, counted from 0 within this picture; -1 for separators. Where a picture
+            comes whole and in parts, 0 is the whole.
+        row, column: cell within the crop's grid of tokens; -1 for separators.
+        shapes: rows and columns of each crop's grid.
+        parts: rows and columns of the arrangement of the crops from 1 on; (0, 0) where there are none.
+    """
+
+    crop: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    shapes: tuple[tuple[int, int], ...]
+    parts: tuple[int, int] = (0, 0)
+
+    @property
+    def separators(self) -> torch.Tensor:
+        return self.crop == SEPARATOR
+
+    @property
+    def index(self) -> torch.Tensor:
+        """Number of the cell among all cells of all crops in order; 0 for separators."""
+        sizes = torch.tensor([0, *(h * w for h, w in self.shapes)]).cumsum(0).to(self.crop.device)
+        widths = torch.tensor([w for _, w in self.shapes], device=self.crop.device)
+        crop = self.crop.clamp(min=0)
+        return (sizes[crop] + self.row * widths[crop] + self.column).masked_fill(self.separators, 0)
+
+    def __len__(self) -> int:
+        return len(self.crop)
+
+
+def grid(height: int, width: int, crops: int = 1) -> Layout:
+    """The layout of ``crops`` pictures one after another, each row by row."""
+    crop = torch.arange(crops).repeat_interleave(height * width)
+    row = torch.arange(height).repeat_interleave(width).repeat(crops)
+    column = torch.arange(width).repeat(height * crops)
+    return Layout(crop, row, column, ((height, width),) * crops)
+
+
+@dataclass
+class Picture:
+    """What a method sees of one picture.
+
+    Attributes:
+        features: ``(n, dim)``, the tokens as the language model would get them, in the order of the prompt.
+        layout: where each lies.
+        text: ``(m, dim)``, the words of the same prompt, without its pictures.
+        text_ids: int64 ``(m,)``.
+        after: boolean ``(m,)``: the words that stand behind the picture.
+        encoded: ``(crops, 1 or 0 + patches, width)``, the encoder's own features of its crops, where the model hands them on.
+        first: number of this picture's first crop among those that the encoder saw; ``window``: where the encoder works on one row
+            of all patches, this picture's (first, last + 1).
+        number: of the picture in the forward; projector: what makes tokens of the encoder's features.
+        order: where the encoder has its patches in another order than the layout's cells, the place of each cell's patches.
+    """
+
+    features: torch.Tensor
+    layout: Layout
+    text: torch.Tensor
+    text_ids: torch.Tensor
+    after: torch.Tensor
+    trace: Trace | None = None
+    encoded: torch.Tensor | None = None
+    first: int = 0
+    window: tuple[int, int] | None = None
+    order: torch.Tensor | None = None
+    number: int = 0
+    projector: Any = None
+
+    @functools.cached_property
+    def cells(self) -> torch.Tensor:
+        """Tokens that compete: all but separators, int64 ``(c,)`` ascending."""
+        return (~self.layout.separators).nonzero()[:, 0]
+
+    def cls(self, layer: int = -2) -> torch.Tensor:
+        """Attention of the class token, float32 ``(n,)``, 0 for separators; summed over the patches of a token."""
+        return self._pooled(self._crops("cls", layer), "sum")
+
+    def received(self, layer: int = -2) -> torch.Tensor:
+        """Attention received from all patches, as ``cls``."""
+        return self._pooled(self._crops("received", layer), "sum")
+
+    def salience(self, layer: int = -2) -> torch.Tensor:
+        """``cls`` where the encoder has a class token, ``received`` otherwise."""
+        return self.cls(layer) if self.trace.has_class else self.received(layer)
+
+    def keys(self, layer: int = -2) -> torch.Tensor:
+        """Keys of the block, mean over heads and over the patches of a token, float32 ``(n, head_dim)``."""
+        found = self._heads("keys", layer)[:, :, int(self.trace.has_class) :].float().mean(1)
+        return self._pooled(found, "mean")
+
+    def _heads(self, kind: str, layer: int) -> torch.Tensor:
+        found = self.trace.get(kind, layer)
+        if self.window is not None:
+            return found[:, :, self.window[0] : self.window[1]]
+        return found[self.first : self.first + len(self.layout.shapes)]
+
+    def _crops(self, kind: str, layer: int) -> torch.Tensor:
+        found = self.trace.get(kind, layer)
+        if self.window is not None:
+            return found[:, self.window[0] : self.window[1]]
+        return found[self.first : self.first + len(self.layout.shapes)]
+
+    def of_cells(self, values: torch.Tensor, how: str = "mean") -> torch.Tensor:
+        """Values of the encoder's patches ``(crops, patches, ...)`` as values of the tokens ``(n, ...)``, 0 for separators."""
+        return self._pooled(values, how)
+
+    def _pooled(self, values: torch.Tensor, how: str) -> torch.Tensor:
+        """Patches ``(crops, patches)`` or ``(crops, patches, width)`` to tokens ``(n)`` or ``(n, width)``."""
+        flat = values[..., None] if values.dim() == 2 else values
+        flat = flat.float()
+        if self.order is not None:  # one row of all patches, members of a cell side by side
+            members = flat.shape[1] // sum(h * w for h, w in self.layout.shapes)
+            pooled = flat[0].unflatten(0, (-1, members))
+            pooled = (pooled.sum(1) if how == "sum" else pooled.mean(1))[self.order]
+        else:
+            height, width = self.layout.shapes[0]
+            pooled = pool_cells(flat, height, width, how).flatten(0, 1)
+        result = pooled[self.layout.index.to(pooled.device)]
+        result = result.masked_fill(self.layout.separators.to(pooled.device)[:, None], 0.0)
+        return result[:, 0] if values.dim() == 2 else result
+
+
+def pool_cells(patches: torch.Tensor, height: int, width: int, how: str) -> torch.Tensor:
+    """A square grid of patches ``(crops, patches, width)`` to ``height`` x ``width`` cells, ``(crops, cells, width)``."""
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1] or side % height or side % width:
+        raise LaconicError(f"The encoder's {patches.shape[1]} patches do not divide into {height} x {width} tokens.")
+    blocks = patches.view(len(patches), height, side // height, width, side // width, -1)
+    blocks = blocks.sum((2, 4)) if how == "sum" else blocks.mean((2, 4))
+    return blocks.flatten(1, 2)

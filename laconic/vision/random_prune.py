@@ -1,0 +1,33 @@
+"""Random tokens: what any choice must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from laconic.claims import Claim
+from laconic.method import parameter
+from laconic.registry import register
+from laconic.vision.base import VisionMethod
+from laconic.vision.picture import Picture
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RandomPrune(VisionMethod):
+    """Keeps tokens at random, each set of them as likely as any other; the same seed keeps the same.
+
+    Every picture of a prompt gets numbers of its own.
+    """
+
+    id: ClassVar[str] = "random_prune"
+    paper: ClassVar[str] = "All You Need Are Random Visual Tokens? Demystifying Token Pruning in VLLMs (2025)"
+    claims: ClassVar[tuple[Claim, ...]] = ()
+
+    seed: int = parameter(0, "of the random numbers", search=())
+
+    def score(self, picture: Picture) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + picture.number)
+        return torch.rand(len(picture.layout), generator=generator).to(picture.features.device)
