@@ -173,7 +173,8 @@ def check_model(model: torch.nn.Module) -> int:
         raise LaconicError(f"{name} has layers of type {', '.join(sorted(foreign))}: these keep no keys to choose from.")
     if not getattr(model, "_supports_attention_backend", False):
         raise LaconicError(f"{name} does not take its attention from the registry of transformers, so no method fits in.")
-    if any(getattr(m, "is_causal", True) is False for m in model.modules() if hasattr(m, "layer_idx")):
+    sees = hasattr(getattr(model, "model", None), "get_image_features")  # then its mask says who sees what
+    if not sees and any(getattr(m, "is_causal", True) is False for m in model.modules() if hasattr(m, "layer_idx")):
         raise LaconicError(f"{name} attends in both directions: load it as a decoder (is_decoder=True).")
     if getattr(text, "num_kv_shared_layers", 0):
         raise LaconicError(f"{name} shares keys between layers, which laconic.apply does not support yet.")

@@ -102,7 +102,7 @@ def build(family: str, seed: int = 0) -> Any:
         for name, weight in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight", "qkv.weight")):
                 weight.mul_(6.0)
-            elif "embed" in name or "newline" in name:
+            elif "embed" in name or "newline" in name or name.endswith("mm_input_projection_weight"):
                 weight.normal_(0.0, 0.5)
     return model
 

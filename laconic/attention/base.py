@@ -27,12 +27,15 @@ class Call:
         scale: what logits are multiplied by.
         window: sliding window of this layer in tokens, or None.
         softcap: logits pass ``softcap * tanh(logits / softcap)``, or None.
+        reach: int64 ``(batch, new)``: the last position that each new token sees, where that is not its own: the tokens of a
+            picture see each other in some models. None: every token sees itself and what is before it.
     """
 
     query: torch.Tensor
     scale: float
     window: int | None = None
     softcap: float | None = None
+    reach: torch.Tensor | None = None
 
     @property
     def last(self) -> torch.Tensor:

@@ -159,7 +159,7 @@ class Policy:
 
     def _chunk(self, layer: KVLayer, call: Call, selection: Selection | None) -> tuple[torch.Tensor, float]:
         """Attention of several new tokens, and the share of their pairs with keys that was computed."""
-        if self.shortener is not None and selection is None and layer.rest is None:
+        if self.shortener is not None and selection is None and layer.rest is None and call.reach is None:
             shortened = self.shortener.attend_prompt(layer, call)
             if shortened is not None:
                 return shortened
@@ -168,8 +168,9 @@ class Policy:
         if layer.rest is not None:
             keys, values, positions, bias = _with_rest(layer.rest, keys, values, positions)
         output = prefill_attention(
-            query, keys, values, positions, scale=call.scale, window=call.window, softcap=call.softcap, bias=bias
-        )
+            query, keys, values, positions, scale=call.scale, window=call.window, softcap=call.softcap, bias=bias,
+            reach=call.reach,
+        )  # fmt: skip
         return output, 1.0
 
     def _reweight(
@@ -285,14 +286,18 @@ def attention_forward(
         raise LaconicError("A 4-D attention mask cannot be used inside laconic.apply: pass the 2-D padding mask.")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: KVLayer | None = getattr(key, "laconic_layer", None)
+    reach = getattr(attention_mask, "laconic_reach", None)
     if layer is not None:
-        output = layer.request.policy.attend(layer, Call(query, scale, sliding_window, softcap))
+        if reach is not None:
+            at = layer.request.take(query.shape[0], query.shape[2], layer.seen - query.shape[2], query.device)
+            reach = reach.to(at.device).gather(1, at.clamp(min=0)).masked_fill(at < 0, EMPTY)
+        output = layer.request.policy.attend(layer, Call(query, scale, sliding_window, softcap, reach))
     else:
         n = key.shape[2]
         valid = torch.ones(query.shape[0], n, device=query.device) if attention_mask is None else attention_mask
         positions = (valid.long().cumsum(-1) - 1).masked_fill(valid == 0, -1)[:, None]
         output = prefill_attention(
-            query, key, value, positions, scale=scale, window=sliding_window, softcap=softcap
+            query, key, value, positions, scale=scale, window=sliding_window, softcap=softcap, reach=reach
         )
     return output.transpose(1, 2).contiguous(), None
 
@@ -310,17 +315,56 @@ def attention_mask(
 ) -> torch.Tensor | None:
     """Stands in the model as its mask function: hands the 2-D padding mask through, so that no n x n mask is built.
 
-    What a token may see of its two neighbours tells a causal mask, with or without a window, from any other pattern:
-    from packed texts, which do not see what is before their start, and from blocks that see their own future.
+    What a token may see of its two neighbours tells a causal mask, with or without a window, from others. Tokens in a row that
+    each see the next one are a block, such as a picture, whose tokens see each other; how far each sees goes with the mask as
+    ``laconic_reach`` (batch, positions). Packed texts, which do not see what is before their start, are refused.
     """
-    plain = not use_vmap
-    if plain and mask_function is not None and q_length > 1:
+    plain, reach = mask_function is None or q_length == 1, None
+    if not plain:
         row = torch.arange(batch_size, device=device)[:, None]
         here = torch.arange(q_length - 1, device=device)[None] + q_offset
-        plain = bool(mask_function(row, 0, here + 1, here).all()) and not bool(mask_function(row, 0, here, here + 1).any())
+        before = mask_function(row, 0, here + 1, here)
+        ahead = mask_function(row, 0, here, here + 1)
+        plain = not use_vmap and bool(before.all()) and not bool(ahead.any())
+        if not plain:
+            reach = _reach(mask_function, ahead.expand(batch_size, -1), before.expand(batch_size, -1), attention_mask, q_offset)
+            plain = reach is not None
     if not plain:
         raise LaconicError(
             "This call needs more than a causal mask (packed texts, blocks that see their future), which laconic.apply does "
             "not support: put one text in each row and pad on the left."
         )
+    if reach is not None:
+        rows = torch.ones(batch_size, q_length, dtype=torch.int64, device=device) if attention_mask is None else attention_mask
+        attention_mask = rows.clone()
+        attention_mask.laconic_reach = reach
     return attention_mask
+
+
+def _reach(
+    mask_function: Callable[..., torch.Tensor],
+    ahead: torch.Tensor,
+    before: torch.Tensor,
+    padding: torch.Tensor | None,
+    offset: int | torch.Tensor,
+) -> torch.Tensor | None:
+    """Last position that the token at each position sees, ``(batch, positions)``; None where that is not all there is to know.
+
+    ``ahead`` and ``before`` (batch, count - 1): whether a token sees the next one, and whether that sees it. Only of a fresh
+    prompt.
+    """
+    batch, count = ahead.shape[0], ahead.shape[1] + 1
+    pads = torch.zeros(batch, 1, dtype=torch.int64, device=ahead.device)
+    if padding is not None:
+        pads = (padding == 0).sum(-1, keepdim=True).to(ahead.device)
+    slot = torch.arange(count, device=ahead.device)
+    real = slot[1:] > pads
+    if int(offset) or not bool((before | ~real).all()):
+        return None
+    ends = torch.nn.functional.pad(~(ahead & real), (0, 1), value=True)
+    last = slot.masked_fill(~ends, count).flip(-1).cummin(-1).values.flip(-1)  # where the block of each token ends
+    row = torch.arange(batch, device=ahead.device)[:, None]
+    whole = mask_function(row, 0, slot[None].expand(batch, -1), last) | (slot < pads)
+    if not bool(whole.all()):
+        return None
+    return (last - pads).gather(1, (slot + pads).clamp(max=count - 1))

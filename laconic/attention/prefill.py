@@ -24,6 +24,7 @@ def prefill_attention(
     window: int | None = None,
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
+    reach: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last ``rows`` entries over all entries.
 
@@ -33,6 +34,7 @@ def prefill_attention(
         positions: int64 ``(batch, 1 or kv_heads, n)``: position of each entry, -1 for padding.
         window: a query at position p sees positions above p - window.
         bias: ``(batch, kv_heads, n)``: added to the logits of each entry.
+        reach: int64 ``(batch, rows)``: the last position that a query sees, its own or a later one. None: its own.
 
     Returns:
         ``(batch, heads, rows, head_dim)``; rows of padding are zero.
@@ -46,6 +48,7 @@ def prefill_attention(
     for row in range(batch):
         pad = pads[row]
         plain = rows == n and softcap is None and bias is None and (window is None or lasts[row] < window) and pad < n
+        plain = plain and reach is None
         if plain:  # a fresh prompt: cut the padding off and let the fused kernel do the rest
             part = (t[row][..., pad:, :] for t in (grouped, keys, values))
             output[row, :, :, pad:] = _fused(*part, scale)
@@ -54,7 +57,7 @@ def prefill_attention(
                 end = min(begin + ROWS, rows)
                 output[row, :, :, begin:end] = _block(
                     grouped[row][:, :, begin:end], keys[row], values[row], positions[row], n - rows + begin,
-                    scale, window, softcap, None if bias is None else bias[row],
+                    scale, window, softcap, None if bias is None else bias[row], None if reach is None else reach[row, begin:end],
                 )  # fmt: skip
     return output.view(batch, heads, rows, -1)
 
@@ -148,17 +151,20 @@ def _block(
     window: int | None,
     softcap: float | None,
     bias: torch.Tensor | None,
+    reach: torch.Tensor | None,
 ) -> torch.Tensor:
     """Rows whose own entries start at slot ``first``: query (kv_heads, group, rows, d) over the slots that they can see."""
     rows = query.shape[2]
-    stop = first + rows
-    start = 0
+    stop = first + rows if reach is None else int((positions <= reach.max()).sum(-1).amax())
+    stop, start = max(stop, first + rows), 0
     if window is not None:  # slots that no row of this block can see are not read
         start = int((positions[:, :stop] <= positions[:, first : first + 1] - window).sum(-1).amin())
     at = positions[:, start:stop]
-    own = positions[:, first:stop, None]
+    own = positions[:, first : first + rows, None]
     slot = torch.arange(start, stop, device=at.device)
-    visible = (at[:, None] >= 0) & (slot <= torch.arange(first, stop, device=at.device)[:, None])
+    visible = (at[:, None] >= 0) & (slot <= torch.arange(first, first + rows, device=at.device)[:, None])
+    if reach is not None:
+        visible = (at[:, None] >= 0) & (at[:, None] <= torch.maximum(reach[:, None], own))
     if window is not None:
         visible = visible & (at[:, None] > own - window)
     visible = visible & (own >= 0)  # (1 or kv_heads, rows, slots)

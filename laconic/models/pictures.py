@@ -11,6 +11,7 @@ import torch
 from laconic.errors import LaconicError
 from laconic.vision.picture import Layout, grid
 
+UNMATCHED = "The prompt's picture tokens do not match the pictures: let the model's processor make the inputs."
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
 
 
@@ -184,14 +185,14 @@ def _names(function: Callable) -> list[str]:
 
 
 def spans(ids: torch.Tensor, eyes: Eyes, seen: Seen) -> Iterator[tuple[int, torch.Tensor]]:
-    """For each picture in order: its row of the batch and the slots, int64 ``(n,)``, that it takes in ``ids`` (batch, count)."""
+    """For each picture in order: its row of the batch and its slots, int64 ``(n,)``, in ``ids`` (batch, count)."""
     rows, slots = (ids == eyes.image).nonzero(as_tuple=True)
     at = 0
     for features in seen.features:
         end = at + len(features)
         if end > len(rows) or rows[at] != rows[end - 1]:
-            raise LaconicError("The prompt's picture tokens do not match the pictures: let the model's processor make the inputs.")
+            raise LaconicError(UNMATCHED)
         yield int(rows[at]), slots[at:end]
         at = end
     if at != len(rows):
-        raise LaconicError("The prompt's picture tokens do not match the pictures: let the model's processor make the inputs.")
+        raise LaconicError(UNMATCHED)

@@ -22,7 +22,9 @@ COLOURS = {
     "red": (214, 39, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "yellow": (250, 220, 40),
     "purple": (140, 50, 170), "orange": (255, 127, 14), "white": (250, 250, 250), "black": (15, 15, 15),
 }  # fmt: skip
-WORDS = tuple("bank bus cafe exit food gate hotel lift mail open park sale stop taxi way zoo".split())
+WORDS = (
+    "bank", "bus", "cafe", "exit", "food", "gate", "hotel", "lift", "mail", "open", "park", "sale", "stop", "taxi", "way", "zoo",
+)  # fmt: skip
 TYPES = ("colour", "count", "position", "comparison", "reading", "existence")
 MOST = 4  # of one kind that are counted
 BAR = (122, 116, 104)  # what a letterboxed picture is filled up with: the mean colour of CLIP's normalisation

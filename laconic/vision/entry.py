@@ -178,7 +178,9 @@ class Entry:
             alive = stays[marks.to(stays.device)]
             kwargs["deepstack_visual_embeds"] = [part[alive.to(part.device)] for part in deep]
             kwargs["visual_pos_masks"] = kwargs["visual_pos_masks"] & kept.to(marks.device)
-        kwargs["attention_mask"] = mask if isinstance(mask, dict) else kept.long()
+        kwargs["attention_mask"] = mask if isinstance(mask, dict) else kept.clone()  # transformers copies what is not boolean
+        if hasattr(mask, "laconic_reach"):
+            kwargs["attention_mask"].laconic_reach = mask.laconic_reach
         if self.compact:
             kwargs["position_ids"] = self._renumber(kwargs["position_ids"], positions, kept)
         request.positions = request.positions.to(order.device).gather(1, order).masked_fill(~kept, -1)
@@ -193,7 +195,7 @@ class Entry:
     def _renumber(self, kept_positions: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Positions without gaps; later tokens are moved by as much as the last one was."""
         if positions.dim() != 2:
-            raise LaconicError("This model places pictures in rows and columns, which cannot be renumbered: leave positions=keep.")
+            raise LaconicError("This model places pictures by row and column, which cannot be renumbered: leave positions=keep.")
         compact = (kept.long().cumsum(-1) - 1).clamp(min=0)
         first = positions.amin(-1, keepdim=True)
         shift = kept_positions[:, -1] - (compact + first)[:, -1]

@@ -68,8 +68,8 @@ class Picture:
         text_ids: int64 ``(m,)``.
         after: boolean ``(m,)``: the words that stand behind the picture.
         encoded: ``(crops, 1 or 0 + patches, width)``, the encoder's own features of its crops, where the model hands them on.
-        first: number of this picture's first crop among those that the encoder saw; ``window``: where the encoder works on one row
-            of all patches, this picture's (first, last + 1).
+        first: number of this picture's first crop among those that the encoder saw.
+        window: where the encoder works on one row of all patches, this picture's (first, last + 1).
         number: of the picture in the forward; projector: what makes tokens of the encoder's features.
         order: where the encoder has its patches in another order than the layout's cells, the place of each cell's patches.
     """
@@ -93,7 +93,7 @@ class Picture:
         return (~self.layout.separators).nonzero()[:, 0]
 
     def cls(self, layer: int = -2) -> torch.Tensor:
-        """Attention of the class token, float32 ``(n,)``, 0 for separators; summed over the patches of a token."""
+        """Attention of the class token, float32 ``(n,)``: the sum over the patches of a token; 0 for separators."""
         return self._pooled(self._crops("cls", layer), "sum")
 
     def received(self, layer: int = -2) -> torch.Tensor:

@@ -11,7 +11,7 @@ import vlm
 import laconic
 from laconic.models.pictures import find_eyes, spans
 
-CAUSAL = [family for family in vlm.FAMILIES if family not in ("gemma3", "paligemma")]
+FAMILIES = vlm.FAMILIES
 
 
 def entered(model: Any, x: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def stays(handle: Any, x: dict[str, torch.Tensor]) -> torch.Tensor:
     return left
 
 
-def by_hand(model: Any, given: dict[str, Any], left: torch.Tensor, row: int) -> torch.Tensor:
+def by_hand(model: Any, given: dict[str, Any], ids: torch.Tensor, left: torch.Tensor, row: int) -> torch.Tensor:
     """Logits (kept, vocabulary) of one row's remaining tokens through the stock language model."""
     rows = left[row].nonzero()[:, 0]
     positions = given.get("position_ids")
@@ -55,12 +55,27 @@ def by_hand(model: Any, given: dict[str, Any], left: torch.Tensor, row: int) -> 
     with torch.no_grad():
         out = model.get_decoder()(
             inputs_embeds=given["inputs_embeds"][row : row + 1, rows], position_ids=positions, use_cache=False, **options,
-            attention_mask=torch.ones(1, len(rows), dtype=torch.int64),  # gaps in positions are no packed texts
+            attention_mask=mask_by_hand(model, given, rows, ids[row, rows]),
         )
         return model.lm_head(out.last_hidden_state)[0]
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+def mask_by_hand(model: Any, given: dict[str, Any], rows: torch.Tensor, ids: torch.Tensor) -> Any:
+    """Who sees whom: text sees what is before it; in two families the tokens of a picture, or of a prompt, see each other."""
+    kind = model.config.model_type
+    if kind not in ("gemma3", "paligemma"):
+        return torch.ones(1, len(rows), dtype=torch.int64)  # gaps in positions are no packed texts
+    if kind == "paligemma":
+        return torch.ones(1, 1, len(rows), len(rows), dtype=torch.bool)
+    pictured = ids == vlm.IMAGE
+    number = (pictured & ~torch.cat([torch.tensor([False]), pictured[:-1]])).cumsum(0)
+    same = pictured[:, None] & pictured[None] & (number[:, None] == number[None])
+    causal = rows[:, None] >= rows[None]
+    near = rows[:, None] - rows[None] < model.config.get_text_config().sliding_window
+    return {"full_attention": (causal | same)[None, None], "sliding_attention": ((causal & near) | same)[None, None]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_everything_kept_is_the_stock_model(family: str) -> None:
     model, x = vlm.build(family), vlm.inputs(family, (1, 2))
     real = x["attention_mask"].bool()
@@ -74,7 +89,7 @@ def test_everything_kept_is_the_stock_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["random_prune:40%", "uniform:7", "random_prune(positions=compact):40%"])
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_stays_equals_the_prompt_shortened_by_hand(family: str, recipe: str) -> None:
     if "compact" in recipe and family.startswith("qwen"):
         pytest.skip("refused, see below")
@@ -86,10 +101,10 @@ def test_what_stays_equals_the_prompt_shortened_by_hand(family: str, recipe: str
     if "compact" in recipe:
         given = {**given, "position_ids": (left.long().cumsum(-1) - 1).clamp(min=0)}
     for row in range(3):
-        torch.testing.assert_close(logits[row, left[row]], by_hand(model, given, left, row), atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(logits[row, left[row]], by_hand(model, given, x["input_ids"], left, row), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", ["uniform:6", "uniform:6 + tokenselect(sinks=1, recent=4):12", "h2o:14 + random_prune:50%"])
 def test_a_batch_is_each_prompt_alone(family: str, recipe: str) -> None:
     """Texts written after pictures of unequal counts; the last row has none."""
@@ -125,7 +140,7 @@ def split(family: str, x: dict[str, torch.Tensor], counts: tuple[int, ...]) -> l
     return rows
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_holds_what_stays_and_counts_what_came(family: str) -> None:
     model, x = vlm.build(family), vlm.inputs(family, (1,))
     eyes = find_eyes(model)
@@ -140,7 +155,7 @@ def test_the_cache_holds_what_stays_and_counts_what_came(family: str) -> None:
             assert bool((held.diff() > 0).all()) and held[-1] == x["input_ids"].shape[1] - 1
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_lies_where_its_pixels_are(family: str) -> None:
     """Other pixels in one patch change the projected token of its cell more than any other: the encoder's attention is off."""
     model, x = vlm.build(family), vlm.inputs(family, (2,))
