@@ -61,6 +61,8 @@ class Request:
         onward: int64 ``(batch, k)``: positions of the tokens that layers deeper than the running one compute, -1 for none;
             None for all. A method sets it, and :class:`laconic.layers.LayerShrinker` sees to it.
         living: int64 ``(batch, k)``: positions of the rows that reach the running layer, -1 in front; None for all.
+        pictures: int64 ``(batch, positions)``: number of the picture that the token at each position belongs to, -1 for words and
+            separators; None where the running forward brings no picture, or nobody asked.
         count: how many tokens came in, where fewer reach the first layer: what is left of ``positions`` is then theirs.
         figures: per layer, what the last forward kept and read (see ``Policy``).
         memory: what methods hand from layer to layer (a selection that deeper layers use again, scores that add up over
@@ -73,6 +75,7 @@ class Request:
         self.onward: torch.Tensor | None = None
         self.living: torch.Tensor | None = None
         self.count: int | None = None
+        self.pictures: torch.Tensor | None = None
         self.figures: dict[int, dict[str, Any]] = {}
         self.memory: dict[str, Any] = {}
 

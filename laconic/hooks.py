@@ -122,9 +122,8 @@ class Handle:
     def _install(self) -> None:
         if self._shrinker is None and any(isinstance(m, AttentionMethod) and m.shortens for m in self.recipe.methods):
             self._shrinker = LayerShrinker(self.model)
-        looking = tuple(method for method in self.recipe.methods if isinstance(method, VisionMethod))
-        if looking and self not in _stack(self.model):
-            self.entry = Entry(self.model, looking)
+        if self not in _stack(self.model) and any(m.stage == "vision" for m in self.recipe.methods):
+            self.entry = Entry(self.model, tuple(m for m in self.recipe.methods if isinstance(m, VisionMethod)))
         if not _stack(self.model):
             _prepare(self.model)
         _stack(self.model).append(self)

@@ -84,6 +84,9 @@ class AttentionMethod(Method):
         """
         return None
 
+    def leave(self, layer: KVLayer, call: Call) -> None:
+        """Called after a layer's attention of several new tokens: the place to say which of them go on (``Request.onward``)."""
+
     @property
     def reads(self) -> bool:
         """Whether it chooses what a step reads, rather than what stays."""

@@ -71,6 +71,7 @@ class Policy:
         others = [m.id for m in (*self.evictors, *readers) if m not in compacting]
         if compacting and others:
             raise LaconicError(f"{compacting[0].id} renumbers what stays, which {others[0]} cannot follow: leave positions=keep.")
+        self.leavers = [m for m in methods if type(m).leave is not AttentionMethod.leave]
         self.compacting = compacting[0] if compacting else None
         self.measure = measure
         self.model: torch.nn.Module | None = None  # which model it serves, where a method has to know
@@ -95,6 +96,8 @@ class Policy:
         read = own[1] if own is not None else self._bytes_read(layer, selection)
         if self.reader is not None:
             read += self.reader.observe(layer, call) or 0
+        for method in self.leavers if not call.decoding else ():
+            method.leave(layer, call)
         for method in self.evictors:  # all see the cache that this step attended to, then the first one evicts
             method.observe(layer, call)
         for method in self.evictors:

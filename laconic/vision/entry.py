@@ -77,7 +77,7 @@ class Entry:
         if self._trace is not None:
             self._trace.stop()
         if self._request is not None:
-            self._request.count = None
+            self._request.count = self._request.pictures = None
         self._request = self._trace = self._encoded = self._rows = None
         self._shortens = False
         self._arguments = {}
@@ -118,6 +118,7 @@ class Entry:
             raise LaconicError("Pictures are found by the ids of their tokens: give input_ids, not inputs_embeds.")
         positions = request.positions.to(embeddings.device)
         stays = positions >= 0
+        request.pictures = torch.full((len(ids), int(positions.max()) + 1), -1, device=positions.device)
         embeddings = embeddings.clone()
         self.pictures, self.reductions = self._open(ids, embeddings, stays), []
         for picture, (row, slots) in zip(self.pictures, spans(ids, self.eyes, self.seen), strict=True):
@@ -127,6 +128,7 @@ class Entry:
             gone[reduction.kept] = False
             gone &= ~picture.layout.separators.to(gone.device)
             stays[row, slots[gone]] = False
+            request.pictures[row, positions[row, slots[picture.cells]]] = picture.number
             if reduction.features is not None:
                 embeddings[row, slots[reduction.kept]] = reduction.features.to(embeddings.dtype)
         if bool(stays.eq(positions >= 0).all()):

@@ -1,0 +1,76 @@
+"""Base of the methods that drop picture tokens between layers of the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from laconic.attention.base import AttentionMethod, Call
+from laconic.cache import KVLayer
+from laconic.claims import Claim
+from laconic.primitives.scores import attention_received
+from laconic.vision.select import top
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsideMethod(AttentionMethod):
+    """Drops picture tokens on their way up: layers after the drop neither compute nor hold them; those before hold all.
+
+    The budget is a share or a number of each picture's tokens. A subclass writes ``stays``, how many are left after which
+    layers, and ``worth``. Words and separators always go on.
+    """
+
+    stage: ClassVar[str] = "vision"
+    verbs: ClassVar[tuple[str, ...]] = ("drop",)
+    claims: ClassVar[tuple[Claim, ...]] = (Claim("random_prune"), Claim("uniform"))
+    shortens: ClassVar[bool] = True
+
+    def check(self) -> None:
+        self.require(self.budget.shape == "uniform", "it says itself what each layer keeps: leave out 'pyramid:'.")
+
+    def stays(self, n: int, layers: int) -> dict[int, int]:
+        """After which layers, counted from 0, how many of a picture's ``n`` tokens are left."""
+        raise NotImplementedError
+
+    def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        """Worth of every entry of the layer, float ``(batch, n)``; higher stays. Asked only in layers of ``stays``."""
+        raise NotImplementedError
+
+    def watch(self, layer: KVLayer, call: Call) -> None:
+        """Called in every layer of a prompt with pictures: the place to add up."""
+
+    def leave(self, layer: KVLayer, call: Call) -> None:
+        pictures = layer.request.pictures
+        if pictures is None or self.budget.is_full:
+            return
+        self.watch(layer, call)
+        if layer.index not in self.stays(1, layer.layers) or layer.index == layer.layers - 1:
+            return
+        positions = layer.shared_positions[:, 0]
+        number = pictures.gather(1, positions.clamp(min=0, max=pictures.shape[1] - 1))
+        number = number.masked_fill((positions < 0) | (positions >= pictures.shape[1]), -1)
+        stays = positions >= 0
+        worth = self.worth(layer, call)
+        for picture in number.unique().tolist():
+            if picture < 0:
+                continue
+            row = int((number == picture).any(-1).nonzero()[0])
+            slots = (number[row] == picture).nonzero()[:, 0]
+            k = self.stays(int((pictures[row] == picture).sum()), layer.layers)[layer.index]
+            if k < len(slots):
+                stays[row, slots] = False
+                stays[row, top(worth[row], k, slots)] = True
+        living = positions.masked_fill(~stays, -1).sort(dim=-1).values
+        new = layer.request.positions
+        living = living.masked_fill(living < new.masked_fill(new < 0, new.max()).amin(-1, keepdim=True), -1)  # of this forward
+        layer.request.onward = living[:, int((living < 0).sum(-1).min()) :]
+
+
+def attention_of_last(layer: KVLayer, call: Call, rows: int = 1) -> torch.Tensor:
+    """Attention that every entry receives from the last ``rows`` tokens, ``(batch, n)``: mean over heads, summed over tokens."""
+    received = attention_received(
+        call.query[:, :, -rows:], layer.keys, scale=call.scale, softcap=call.softcap, starts=layer.starts(), window=call.window
+    )
+    return received.mean(1)
