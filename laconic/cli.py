@@ -109,11 +109,14 @@ def _print_json(value: Any) -> None:
 def compare(
     model: Model = "needle",
     task: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--task", "-t", help="needle, multi_needle, threads, kv_recall, long_generation, perplexity:FILE, or FILE.jsonl"
+            "--task",
+            "-t",
+            help="needle, multi_needle, threads, kv_recall, long_generation, perplexity:FILE, or FILE.jsonl; with pictures "
+            "shapes_vqa, pope, or FILE.jsonl. By default needle, or shapes_vqa where the model sees.",
         ),
-    ] = "needle",
+    ] = None,
     methods: Annotated[
         str | None, typer.Option("--methods", help="Names or recipes, separated by commas (see laconic methods).")
     ] = None,
@@ -142,17 +145,20 @@ def compare(
 ) -> None:
     """Compare methods x budgets on a workload: quality, bytes, time and memory, each beside dense.
 
-    Without options: the built-in model finds facts in long real text, in about two minutes.
+    Without options: the built-in model finds facts in long real text, in about two minutes. With --model shapes it answers
+    questions about pictures.
     Every finished cell is on disk at once: after Ctrl-C or a crash the same command goes on.
 
     \b
     Your own prompts, one JSON object a line, with or without an answer:
       {"prompt": "...", "answer": "...", "max_new_tokens": 32}
+      {"prompt": "...", "image": "photo.jpg", "answer": "..."}
 
     \b
     Examples:
       laconic compare
       laconic compare --methods tokenselect,h2o --budgets 64,5%,10%
+      laconic compare --model shapes --methods divprune,fastv --budgets 11.1%
       laconic compare --model PATH_OR_HUB_ID --task mine.jsonl
       laconic compare --question after --output after-report
       laconic compare --task long_generation --max-new-tokens 2000 --budgets 128,256
@@ -222,7 +228,7 @@ def _console():
 @guarded
 def tune(
     model: Model = "needle",
-    task: Annotated[str, typer.Option("--task", "-t", help="As in laconic compare: a name, or FILE.jsonl")] = "needle",
+    task: Annotated[str | None, typer.Option("--task", "-t", help="As in laconic compare: a name, or FILE.jsonl")] = None,
     keep: Annotated[str, typer.Option("--keep", help="Share of the dense quality to keep: 99% or 0.99.")] = "99%",
     cost: Annotated[
         str, typer.Option("--cost", help="read: bytes read per step; kept: bytes of the cache; time: of a decode step.")

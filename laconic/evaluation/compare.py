@@ -17,8 +17,9 @@ from laconic.evaluation.progress import Advance, progress_bar
 from laconic.evaluation.provenance import identify, machine
 from laconic.evaluation.quality import share_kept
 from laconic.evaluation.results import ResultStore, prepare_directory
-from laconic.evaluation.workload import Work, check_options, open_model, open_work
+from laconic.evaluation.workload import Work, check_options, default_task, open_model, open_work
 from laconic.method import GUARANTEES, Method
+from laconic.models.reading import sees
 from laconic.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def compare(
     *,
     methods: Sequence[str | Method | Recipe] | str | None = None,
     budgets: Sequence[str | int | Budget] | str | None = None,
-    task: str = "needle",
+    task: str | None = None,
     samples: int | None = None,
     lengths: Sequence[int] | None = None,
     seed: int = 0,
@@ -79,8 +80,9 @@ def compare(
         model: the name of a built-in model, a path, a hub id, or ``(model, tokenizer)``.
         methods: names, recipes ("tokenselect:256" brings its own budget) or methods. Dense is always measured.
         budgets: tokens (256) or shares kept (10%); each name in ``methods`` runs at each.
-        task: needle, multi_needle, threads, kv_recall, perplexity[:FILE], long_generation[:FILE], or the path of a JSONL
-            file. Where 64 tokens and more are generated, rows also say how fidelity and cache fare along the text.
+        task: needle, multi_needle, threads, kv_recall, perplexity[:FILE], long_generation[:FILE], with pictures shapes_vqa or
+            pope, or the path of a JSONL file; by default needle, or shapes_vqa for a model that sees. Where 64 tokens and more
+            are generated, rows also say how fidelity and cache fare along the text.
         samples: number of examples in all. lengths: prompt lengths in tokens (built-in tasks).
         seed: of the task's examples and of methods that draw numbers.
         question: ``seen`` prefills the whole prompt; ``after`` prefills the context only, so that what is evicted in
@@ -95,10 +97,12 @@ def compare(
         LaconicError: for anything that the user can mend, in one sentence.
     """
     check_options(question=question, samples=samples, max_new_tokens=max_new_tokens)
-    cells = plan(methods, budgets)
+    plan(methods or "dense", budgets)  # what is wrong with them is said before a model is loaded
     directory = Path(output)
     prepare_directory(directory)
     network, tokenizer, model_id = open_model(model, device, dtype)
+    cells = plan(methods, budgets, pictures=sees(tokenizer))
+    task = task or default_task(tokenizer)
     work = open_work(
         task, tokenizer, samples=samples, lengths=lengths, seed=seed, question=question, max_new_tokens=max_new_tokens
     )

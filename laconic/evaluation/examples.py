@@ -15,6 +15,7 @@ class Example:
     ``max_new_tokens``: for perplexity the most tokens scored. ``meta``: where in a task's grid the example lies
     (``length`` in tokens, ``depth`` as a share 0..1, ``hops``, ...), in JSON types. ``draw``: a seed with which the dense
     model draws its text, to the full length and past the end mark; without it the text is greedy and stops there.
+    ``pictures``: what the prompt is about, as ``laconic.models.reading.open_picture`` takes them.
     """
 
     prompt: str
@@ -24,6 +25,7 @@ class Example:
     max_new_tokens: int = 32
     meta: dict[str, Any] = field(default_factory=dict)
     draw: int | None = None
+    pictures: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

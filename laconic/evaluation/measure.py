@@ -24,6 +24,7 @@ from laconic.errors import LaconicError
 from laconic.evaluation import metrics
 from laconic.evaluation.blocks import along
 from laconic.evaluation.memory import PeakMemory
+from laconic.models.reading import read, text_side
 
 # Above this, the dense log-probabilities that all cells are compared with are held in half precision.
 REFERENCE_BYTES = 1 << 30
@@ -41,6 +42,7 @@ class Item:
     limit: int
     forced: list[int] | None = None  # the text itself (perplexity), else the dense greedy continuation once known
     dense: torch.Tensor | None = None  # (T, V) log-probabilities of the dense model along ``forced``
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # what goes with the prefill beside its ids: pictures
 
     @property
     def cost(self) -> int:
@@ -84,21 +86,24 @@ class Runner:
     """Runs items through a model. ``stop`` are the ids that end a text; ``tokenizer`` turns own tokens into text."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = model, text_side(tokenizer)
         self.device = next(model.parameters()).device
         accepted = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self.stop = stop_ids(model, tokenizer)
+        self.stop = stop_ids(model, self.tokenizer)
         config: Any = model.config
         self.layers: int = config.get_text_config().num_hidden_layers
 
-    def forward(self, tokens: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any, float]:
+    def forward(
+        self, tokens: Sequence[int], cache: Any, inputs: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, Any, float]:
         """Logits (V,) float32 after ``tokens``, the cache, and the seconds it took."""
         ids = torch.tensor([list(tokens)], device=self.device)
+        extra = {name: value.to(self.device) for name, value in (inputs or {}).items()} | self._extra
         self._wait()
         start = time.perf_counter()
-        out = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache}, **self._extra)
+        out = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache}, **extra)
         self._wait()
         seconds = time.perf_counter() - start
         cache = out.get("cache") if out.get("cache") is not None else out.get("past_key_values")
@@ -162,7 +167,7 @@ class Runner:
         """The prompt: logits after it, the cache, seconds per decode step in it, seconds and share of pairs of the prefill."""
         logits, cache, steps, prefill_s, pairs = None, None, [], 0.0, None
         if item.prefill:
-            logits, cache, prefill_s = self.forward(item.ids[: item.prefill], None)
+            logits, cache, prefill_s = self.forward(item.ids[: item.prefill], None, item.inputs)
             pairs = handle.stats()["pairs"] if handle is not None else None
         for token in item.ids[item.prefill :]:
             logits, cache, seconds = self.forward([token], cache)
@@ -207,7 +212,8 @@ def prepare(
     is prefilled and the question comes token by token."""
     items = []
     for number, example in enumerate(examples, 1):
-        ids = list(tokenizer(example.prompt)["input_ids"])
+        inputs = read(tokenizer, example.prompt, example.pictures)
+        ids = inputs.pop("input_ids")[0].tolist()
         if len(ids) < (4 if perplexity else 1):
             raise LaconicError(f"Example {number} has {len(ids)} tokens, too few to run: give it a longer prompt.")
         limit = max_new_tokens or example.max_new_tokens
@@ -218,9 +224,10 @@ def prepare(
             continue
         prefill = len(ids)
         if question == "after" and example.question:
-            context = list(tokenizer(example.prompt[: -len(example.question)])["input_ids"])
+            context = read(tokenizer, example.prompt[: -len(example.question)], example.pictures)["input_ids"][0].tolist()
             prefill = min(prefill, _common_prefix(context, ids))
-        items.append(Item(example, ids, prefill, limit))
+        inputs = {name: v[:, :prefill] if v.shape == (1, len(ids)) else v for name, v in inputs.items()}
+        items.append(Item(example, ids, prefill, limit, inputs=inputs))
     return items
 
 
@@ -273,9 +280,10 @@ def warm_up(runner: Runner, item: Item, recipe: Any, tokens: int = 1024, steps: 
     """
     from laconic import apply
 
-    ids = item.ids[:tokens]
+    ids = item.ids if item.inputs else item.ids[:tokens]  # a picture cannot be cut
     with contextlib.suppress(LaconicError), apply(runner.model, recipe) as handle:
-        runner.run(Item(item.example, ids, len(ids) - 1, steps), handle)
+        prefill = item.prefill if item.inputs else len(ids) - 1
+        runner.run(Item(item.example, ids, prefill, steps, inputs=item.inputs), handle)
 
 
 def measure_cell(

@@ -14,6 +14,8 @@ DEFAULT_METHODS = (
     "dense", "random", "streaming", "knorm", "tova", "snapkv", "h2o", "tokenselect", "recycled_attention",
 )  # fmt: skip
 DEFAULT_BUDGETS = ("5%", "10%", "20%", "50%")
+PICTURE_METHODS = ("dense", "random_prune", "uniform", "vtc_cls", "fastv")
+PICTURE_BUDGETS = ("5.6%", "11.1%", "33.3%")
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,18 @@ class Cell:
 
 
 def plan(
-    methods: Sequence[str | Method | Recipe] | str | None, budgets: Sequence[str | int | Budget] | str | None
+    methods: Sequence[str | Method | Recipe] | str | None,
+    budgets: Sequence[str | int | Budget] | str | None,
+    *,
+    pictures: bool = False,
 ) -> list[Cell]:
-    """The cells in order, dense first, each once. Unknown methods and impossible budgets are refused here."""
-    chosen = [methods] if isinstance(methods, (str, Method, Recipe)) else list(methods or DEFAULT_METHODS)
-    sizes = [budgets] if isinstance(budgets, (str, int, Budget)) else list(budgets or DEFAULT_BUDGETS)
+    """The cells in order, dense first, each once. Unknown methods and impossible budgets are refused here.
+
+    ``pictures``: what is chosen where nobody says is meant for pictures.
+    """
+    usual, sizes_of = (PICTURE_METHODS, PICTURE_BUDGETS) if pictures else (DEFAULT_METHODS, DEFAULT_BUDGETS)
+    chosen = [methods] if isinstance(methods, (str, Method, Recipe)) else list(methods or usual)
+    sizes = [budgets] if isinstance(budgets, (str, int, Budget)) else list(budgets or sizes_of)
     parsed = [Budget.parse(size) for size in sizes]
     cells = [Cell("dense", "100%", Recipe.parse("dense"))]
     for entry in chosen:

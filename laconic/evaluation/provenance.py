@@ -23,7 +23,7 @@ def identify(network: Any, model_id: str, task: Any, items: list[Any], settings:
     device and threads that the times depend on. Methods and budgets are not in it: a run can be widened later.
     """
     parameter = next(network.parameters())
-    inputs = [(i.example.prompt, i.example.answer, i.example.choices, i.prefill, i.limit) for i in items]
+    inputs = [(i.example.prompt, i.example.answer, i.example.choices, i.prefill, i.limit, *seen(i.inputs)) for i in items]
     return {
         "model": os.path.realpath(model_id) if os.path.exists(model_id) else model_id,
         "task": task.name,
@@ -36,6 +36,11 @@ def identify(network: Any, model_id: str, task: Any, items: list[Any], settings:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def seen(inputs: dict[str, torch.Tensor]) -> list[str]:
+    """Digests of the pictures of a prompt, as the model gets them."""
+    return [hashlib.sha256(v.float().numpy().tobytes()).hexdigest()[:16] for k, v in sorted(inputs.items()) if "pixel" in k]
 
 
 def digest(value: Any) -> str:

@@ -19,7 +19,7 @@ from laconic.evaluation.results import ResultStore, dumps, prepare_directory, wr
 from laconic.evaluation.search import Search
 from laconic.evaluation.search_space import Space, choose_entries
 from laconic.evaluation.verdict import Verdict, check
-from laconic.evaluation.workload import Work, check_options, open_model, open_work
+from laconic.evaluation.workload import Work, check_options, default_task, open_model, open_work
 from laconic.method import Method
 from laconic.recipe import Recipe
 
@@ -69,7 +69,7 @@ def tune(
     methods: Sequence[str | Method | Recipe] | str | None = None,
     budgets: Sequence[str | int | Budget] | str | None = None,
     trials: int | None = None,
-    task: str = "needle",
+    task: str | None = None,
     samples: int | None = None,
     lengths: Sequence[int] | None = None,
     seed: int = 0,
@@ -116,6 +116,7 @@ def tune(
     directory = Path(output)
     prepare_directory(directory)
     network, tokenizer, model_id = open_model(model, device, dtype)
+    task = task or default_task(tokenizer)
     count = SAMPLES if samples is None and not task.endswith((".jsonl", ".ndjson")) else samples
     work = open_work(
         task, tokenizer, samples=count, lengths=lengths, seed=seed, question=question, max_new_tokens=max_new_tokens

@@ -10,6 +10,7 @@ import torch
 
 from laconic.errors import LaconicError, quote
 from laconic.evaluation import measure
+from laconic.models.reading import sees, text_side
 
 
 def check_options(*, question: str, samples: int | None, max_new_tokens: int | None) -> None:
@@ -50,6 +51,11 @@ def _move(network: Any, device: str) -> Any:
         raise LaconicError(f"There is no usable device {quote(device)}: use cpu, or cuda with a GPU.") from error
 
 
+def default_task(reader: Any) -> str:
+    """What a model is asked where nobody says: questions about pictures, if it sees any."""
+    return "shapes_vqa" if sees(reader) else "needle"
+
+
 @dataclass
 class Work:
     """A task made ready for a model; ``notes`` say what was left out."""
@@ -76,9 +82,11 @@ def open_work(
     """Loads a task and makes its examples ready. Raises LaconicError for one that is empty or does not fit."""
     from laconic.evaluation.tasks import load_task
 
-    task = load_task(name, tokenizer, samples=samples, lengths=lengths, seed=seed)
+    task = load_task(name, text_side(tokenizer), samples=samples, lengths=lengths, seed=seed)
     if not task.examples:
         raise LaconicError(f"The task {name} has no examples: give at least one line with a prompt.")
+    if not sees(tokenizer) and any(example.pictures for example in task.examples):
+        raise LaconicError(f"The task {name} shows pictures, and this model reads text only: use --model shapes.")
     if question == "after" and not any(example.question for example in task.examples):
         raise LaconicError(f"No example of {name} has a 'question', which --question after needs: use --question seen.")
     perplexity = task.metric == "perplexity"

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laconic.errors import LaconicError, quote
+from laconic.models.reading import sees, text_side
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 __all__ = ["builtin_models", "load"]
 
@@ -29,8 +30,10 @@ def builtin_models() -> list[str]:
 
 def load(
     name_or_path: str | os.PathLike[str], dtype: str | torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """A causal language model in eval mode with sdpa attention, and its tokenizer, which pads on the left.
+
+    A vision-language model comes with its processor, which takes pictures as well, in the tokenizer's place.
 
     Args:
         name_or_path: the name of a built-in model, a folder, or a hub id such as ``owner/model``, in this order.
@@ -50,11 +53,12 @@ def load(
     with _quiet():
         options = {"trust_remote_code": False, "local_files_only": Path(source).is_dir() or not _hub_answers()}
         config = _load_config(name, source, options)
-        tokenizer = _load_tokenizer(name, source, options)
+        tokenizer = _load_processor(name, source, options) if _sees(config) else _load_tokenizer(name, source, options)
         model = _load_weights(name, source, config, {**options, "dtype": wanted})
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    words = text_side(tokenizer)
+    words.padding_side = "left"
+    if words.pad_token_id is None:
+        words.pad_token = words.eos_token or words.convert_ids_to_tokens(0)
     return model.eval(), tokenizer
 
 
@@ -155,10 +159,18 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> PretrainedC
     kinds = [kind for kind in getattr(config, "architectures", None) or [] if kind]
     # An encoder such as BERT can be opened as a causal model, but was not trained as one.
     masked = bool(kinds) and all(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or masked or getattr(config, "is_encoder_decoder", False):
+    writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _sees(config)
+    if not writes or masked or getattr(config, "is_encoder_decoder", False):
         found = kinds[0] if kinds else config.model_type
         raise LaconicError(f"{name} is not a causal language model ({found}): give one that writes text, such as a Llama.")
     return config
+
+
+def _sees(config: PretrainedConfig) -> bool:
+    """Whether it is a vision-language model's."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _hub_reason(error: BaseException) -> str:
@@ -191,11 +203,29 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> PreTrain
     return tokenizer
 
 
+def _load_processor(name: str, source: str, options: dict[str, Any]) -> ProcessorMixin:
+    """A processor that prepares pictures with Pillow where torchvision is missing."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+        if not sees(processor):
+            raise ValueError("it has nothing that prepares pictures")
+    except ImportError as error:
+        raise LaconicError(f"The processor of {name} needs a package that is missing: {_reason(error)}.") from error
+    except Exception as error:
+        raise LaconicError(
+            f"The processor of {name} is missing or broken ({_reason(error)}): put its files beside the weights."
+        ) from error
+    return processor
+
+
 def _load_weights(name: str, source: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     def read(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        return AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForImageTextToText if _sees(config) else AutoModelForCausalLM
+        return kind.from_pretrained(
             source, config=config, attn_implementation=attention, output_loading_info=True, **options
         )
 

@@ -53,7 +53,8 @@ class Entry:
         def watched(*args: Any, **kwargs: Any) -> Any:
             return self._watch(original, signature.bind_partial(*args, **kwargs).arguments, args, kwargs)
 
-        inner.__dict__["get_image_features"] = watched
+        self._before = inner.__dict__.get("get_image_features")
+        inner.__dict__["get_image_features"] = self._watched = watched
         self._hooks = [
             self.eyes.projector.register_forward_pre_hook(self._remember, with_kwargs=True),
             self.eyes.language.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -63,7 +64,10 @@ class Entry:
 
     def remove(self) -> None:
         """Takes the hooks out of the model."""
-        self.eyes.inner.__dict__.pop("get_image_features", None)
+        if self.eyes.inner.__dict__.get("get_image_features") is self._watched:  # else another one lies around it, and calls it
+            self.eyes.inner.__dict__.pop("get_image_features")
+            if self._before is not None:
+                self.eyes.inner.__dict__["get_image_features"] = self._before
         for hook in self._hooks:
             hook.remove()
 
