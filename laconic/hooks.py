@@ -96,6 +96,13 @@ class Handle:
         self._adopt(cache)
         return cache
 
+    @property
+    def latest(self) -> KVCache:
+        """The cache of the latest forward."""
+        if self._cache is None:
+            raise LaconicError("There is no cache yet: run the model inside the block first.")
+        return self._cache
+
     def stats(self) -> dict[str, Any]:
         """Figures of the latest forward, over all layers.
 
@@ -123,7 +130,8 @@ class Handle:
         if self._shrinker is None and any(isinstance(m, AttentionMethod) and m.shortens for m in self.recipe.methods):
             self._shrinker = LayerShrinker(self.model)
         if self not in _stack(self.model) and any(m.stage == "vision" for m in self.recipe.methods):
-            self.entry = Entry(self.model, tuple(m for m in self.recipe.methods if isinstance(m, VisionMethod)))
+            looking = tuple(m for m in self.recipe.methods if isinstance(m, VisionMethod))
+            self.entry = Entry(self.model, looking, lambda: _stack(self.model)[-1:] == [self])
         if not _stack(self.model):
             _prepare(self.model)
         _stack(self.model).append(self)
@@ -278,7 +286,8 @@ def _positions(arguments: dict[str, Any], seen: int) -> torch.Tensor | None:
     if isinstance(given, torch.Tensor) and given.dim() == 2 and given.shape[-1] == new:
         if bool((given.diff(dim=-1) <= 0).any()):
             raise LaconicError("The positions do not ascend: put one text in each row and pad on the left, with a mask.")
-        return given.expand(batch, -1)
+        if seen or bool((given.diff(dim=-1) != 1).any()):  # a fresh text without gaps is counted from 0, as some models do not
+            return given.expand(batch, -1)
     return torch.arange(seen, seen + new, device=ids.device).expand(batch, -1)
 
 

@@ -184,15 +184,26 @@ def _names(function: Callable) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def spans(ids: torch.Tensor, eyes: Eyes, seen: Seen) -> Iterator[tuple[int, torch.Tensor]]:
-    """For each picture in order: its row of the batch and its slots, int64 ``(n,)``, in ``ids`` (batch, count)."""
-    rows, slots = (ids == eyes.image).nonzero(as_tuple=True)
-    at = 0
-    for features in seen.features:
-        end = at + len(features)
-        if end > len(rows) or rows[at] != rows[end - 1]:
-            raise LaconicError(UNMATCHED)
-        yield int(rows[at]), slots[at:end]
-        at = end
-    if at != len(rows):
+def spans(ids: torch.Tensor, eyes: Eyes, seen: Seen) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """For each picture of each row of ``ids`` (batch, count): its number in ``seen``, the row, and its slots, int64 ``(n,)``.
+
+    Rows of a beam search stand side by side and show the same pictures.
+    """
+    pictured = ids == eyes.image
+    if eyes.video is not None:
+        pictured |= ids == eyes.video
+    total, beams = sum(map(len, seen.features)), 1
+    if total and int(pictured.sum()) % total == 0:
+        beams = max(1, int(pictured.sum()) // total)
+    number = done = 0
+    for row in range(len(ids)):
+        slots, begin, number = pictured[row].nonzero()[:, 0], 0, done
+        while begin < len(slots):
+            if number == len(seen.features) or begin + len(seen.features[number]) > len(slots):
+                raise LaconicError(UNMATCHED)
+            yield number, row, slots[begin : begin + len(seen.features[number])]
+            begin, number = begin + len(seen.features[number]), number + 1
+        if row % beams == beams - 1:
+            done = number
+    if done != len(seen.features):
         raise LaconicError(UNMATCHED)

@@ -5,6 +5,7 @@ Everything follows from a random generator, so that a seed is a data set. Nothin
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -80,8 +81,7 @@ class Scene:
         picture = Image.fromarray(_ground(self.side, self.texture))
         for thing in self.things:
             mask = _mask(thing)
-            corner = (round(thing.x - mask.width / 2), round(thing.y - mask.height / 2))
-            picture.paste(COLOURS[thing.colour], corner, mask)
+            picture.paste(COLOURS[thing.colour], _corner(thing, mask), mask)
         draw = ImageDraw.Draw(picture)
         if self.sign is not None:
             left, top, right, bottom = self.sign.box
@@ -95,11 +95,11 @@ class Scene:
         return picture
 
     def cells(self, what: str) -> np.ndarray:
-        """Boolean ``(side / CELL, side / CELL)``: patches that show ``things``, the ``sign`` or a ``bar`` in some part."""
+        """Boolean ``(side / CELL, side / CELL)``: patches that show ``things`` or the ``sign``, or only a ``bar``."""
         n = self.side // CELL
         grid = np.zeros((n, n), dtype=bool)
         if what == "bar":
-            left, top, right, bottom = (math.ceil(b / CELL) for b in self.bars)
+            left, top, right, bottom = (b // CELL for b in self.bars)
             grid[:top], grid[n - bottom :], grid[:, :left], grid[:, n - right :] = True, True, True, True
         elif what == "sign" and self.sign is not None:
             left, top, right, bottom = self.sign.box
@@ -111,16 +111,17 @@ class Scene:
 
 
 def covered(thing: Thing, n: int) -> np.ndarray:
-    """Boolean ``(n, n)``: patches of CELL pixels whose nearest point lies within the thing's radius."""
-    edges = np.arange(n) * CELL
-    dx = np.clip(thing.x, edges, edges + CELL) - thing.x
-    dy = np.clip(thing.y, edges, edges + CELL) - thing.y
-    return dy[:, None] ** 2 + dx[None] ** 2 <= thing.radius**2
+    """Boolean ``(n, n)``: patches of CELL pixels of which the thing covers a seventh at least."""
+    mask = _mask(thing)
+    canvas = np.zeros((n * CELL, n * CELL), dtype=np.float32)
+    left, top = _corner(thing, mask)
+    canvas[top : top + mask.height, left : left + mask.width] = np.asarray(mask)[: n * CELL - top, : n * CELL - left]
+    return canvas.reshape(n, CELL, n, CELL).mean((1, 3)) > 255 / 7
 
 
 def make_scene(rng: np.random.Generator, side: int = SIDE, things: tuple[int, int] | None = None, sign: float = 0.75) -> Scene:
     """A random scene. ``things``: least and most shapes; by default as many as fit comfortably; ``sign``: chance of a sign."""
-    least, most = things or ((2, 8) if side >= SIDE else (2, 4) if side >= SIDE // 2 else (1, 2))
+    least, most = things or ((2, 8) if side >= SIDE else (2, 5) if side >= SIDE // 2 else (2, 3))
     bars = _bars(rng, side)
     boxes: list[tuple[float, float, float, float]] = []
     plate = None
@@ -132,7 +133,8 @@ def make_scene(rng: np.random.Generator, side: int = SIDE, things: tuple[int, in
             x, y = (round(v) for v in placed)
             plate = Sign(text, (x - width // 2, y - height // 2, x - width // 2 + width, y - height // 2 + height))
     # a few kinds, so that counting has something to count
-    kinds = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))) for _ in range(int(rng.integers(1, most + 1)))]
+    number = int(rng.integers(max(1, most // 2), most + 1))
+    kinds = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))) for _ in range(number)]
     found: list[Thing] = []
     for _ in range(int(rng.integers(least, most + 1))):
         shape, colour = kinds[int(rng.integers(len(kinds)))]
@@ -272,16 +274,23 @@ def _ground(side: int, seed: int) -> np.ndarray:
     """uint8 ``(side, side, 3)``: muted colour fields, stripes and grain."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(70, 180, (7, 7, 1)) + rng.uniform(-25, 25, (7, 7, 3))
-    at = np.linspace(0, 5.999, side)
+    at = np.linspace(0, 5.999, side, dtype=np.float32)
     low, part = at.astype(int), (at % 1)[:, None]
+    coarse = coarse.astype(np.float32)
     rows = coarse[low] * (1 - part[..., None]) + coarse[low + 1] * part[..., None]
     field_ = rows[:, low] * (1 - part[None]) + rows[:, low + 1] * part[None]
-    angle, period = rng.uniform(0, math.pi), rng.uniform(8, 40)
-    x = np.arange(side)
-    wave = np.sin((x[None] * math.cos(angle) + x[:, None] * math.sin(angle)) * 2 * math.pi / period)
-    grain = rng.standard_normal((side, side)).astype(np.float32)
-    ground = field_ + (wave * rng.uniform(0, 18) + grain * rng.uniform(2, 10))[..., None]
+    angle, turn = rng.uniform(0, math.pi), 2 * math.pi / rng.uniform(8, 40)
+    x = np.arange(side, dtype=np.float32)
+    along, down = x * np.float32(math.cos(angle) * turn), x * np.float32(math.sin(angle) * turn)
+    wave = np.sin(along) * np.cos(down)[:, None] + np.cos(along) * np.sin(down)[:, None]  # the sine of the sum
+    grain = rng.standard_normal((side, side), dtype=np.float32)
+    ground = field_ + (wave * np.float32(rng.uniform(0, 18)) + grain * np.float32(rng.uniform(2, 10)))[..., None]
     return ground.clip(0, 255).astype(np.uint8)
+
+
+def _corner(thing: Thing, mask: Image) -> tuple[int, int]:
+    """Left and top pixel of a thing's square."""
+    return max(0, round(thing.x - mask.width / 2)), max(0, round(thing.y - mask.height / 2))
 
 
 def _mask(thing: Thing) -> Image:
@@ -320,12 +329,14 @@ def _outlines(shape: str) -> list[list[tuple[float, float]]]:
     }.get(shape, [])
 
 
+@functools.cache
 def _font():
     from PIL import ImageFont
 
     return ImageFont.load_default(18)
 
 
+@functools.cache
 def _text_size(text: str) -> tuple[int, int]:
     """Width and height in pixels of the plate of a sign."""
     left, _, right, _ = _font().getbbox(text)

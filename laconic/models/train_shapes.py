@@ -1,10 +1,10 @@
 """Train the built-in `shapes` model: ``python -m laconic.models.train_shapes --out DIR``.
 
 The curriculum starts with pictures of 6 x 6 patches, a window of the full grid, and goes to 12 x 12 and 24 x 24 when the
-answers are right often enough, or at an eighth and at half of the time. Each scene carries several questions in one sequence,
+answers are right often enough, or at a quarter and at half of the time. Each scene carries several questions in one sequence,
 which see the picture and themselves but not each other. While training, small extra heads name what each patch shows and what
-the class token has seen, as pretraining would have taught; they are not saved. State is saved beside the model, so that a
-stopped run goes on.
+the class token has seen, as pretraining would have taught; the first tenth of the time the encoder learns that alone. The heads
+are not saved. State is saved beside the model, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from laconic.models.scenes import CELL, COLOURS, SHAPES, SIDE, TYPES, WORDS, Sce
 from laconic.models.shapes_processor import make_processor, vocabulary
 
 SIDES = (84, 168, SIDE)  # pixels of the pictures, one size after another
-UNTIL = (0.125, 0.5, 1.0)  # share of the time at which the next size begins at the latest
+ALONE = (0.04, 0.1)  # share of the time up to which the encoder learns alone, on the first and on the second size
+UNTIL = (0.25, 0.5, 1.0)  # share of the time at which the next size begins at the latest
 PASS = 0.92  # mean share of right answers that opens the next size
 PER_SCENE = {84: 8, 168: 10, SIDE: 14}  # questions
 BATCH = {84: 64, 168: 24, SIDE: 8}  # scenes
@@ -234,21 +235,18 @@ def encode(model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def losses(model, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Loss of the answers, loss of the extra heads, and which questions were answered right ``(batch, questions)``."""
-    with torch.autocast("cpu", torch.bfloat16):
-        features, token = encode(model, batch)
-        extra = heads.losses(features, token, batch)
-        words = model.model.language_model.embed_tokens
-        begin = words(torch.full((len(batch.ids), 1), 1))
-        image = model.model.multi_modal_projector(features)
-        hidden = torch.cat([begin, image.to(begin.dtype), words(batch.ids)], dim=1)
-        text = batch.ids.shape[1]
-        before = hidden.shape[1] - text
-        block = torch.cat([torch.full((len(batch.ids), before), -1), batch.block], dim=1)
-        own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1)
-        causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
-        hidden = model.model.language_model(
-            inputs_embeds=hidden, attention_mask=(own & causal)[:, None], position_ids=batch.positions, use_cache=False
-        ).last_hidden_state[:, before:]
+    features, token = encode(model, batch)
+    extra = heads.losses(features, token, batch)
+    words = model.model.language_model.embed_tokens
+    begin = words(torch.full((len(batch.ids), 1), 1))
+    hidden = torch.cat([begin, model.model.multi_modal_projector(features), words(batch.ids)], dim=1)
+    before = hidden.shape[1] - batch.ids.shape[1]
+    block = torch.cat([torch.full((len(batch.ids), before), -1), batch.block], dim=1)
+    own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1)
+    causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
+    hidden = model.model.language_model(
+        inputs_embeds=hidden, attention_mask=(own & causal)[:, None], position_ids=batch.positions, use_cache=False
+    ).last_hidden_state[:, before:]
     asked = batch.answers != IGNORED
     logits, target = model.lm_head(hidden[asked].float()), batch.answers[asked]
     wrong = torch.zeros(len(batch.ids), batch.types.shape[1], dtype=torch.bool)
@@ -286,22 +284,27 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
         rate = RATE * min(1.0, (state["step"] + 1) / 100) * min(1.0, max(0.03, (1 - share) / 0.4))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = maker.batch(state["side"])
-        loss, extra, correct = losses(model, heads, batch)
+        alone = share < ALONE[1]
+        batch = maker.batch(SIDES[share >= ALONE[0]] if alone else state["side"])
         optimizer.zero_grad(set_to_none=True)
+        if alone:
+            loss, extra = torch.zeros(()), heads.losses(*encode(model, batch), batch)
+        else:
+            loss, extra, correct = losses(model, heads, batch)
+            for i, name in enumerate(TYPES):
+                right[name] = [*right[name], *correct[batch.types == i]][-400:]
         (loss + 0.3 * extra).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in (model.model.vision_tower, model.model.language_model):  # neither drowns the other
+            torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimizer.step()
-        for i, name in enumerate(TYPES):
-            right[name] = [*right[name], *correct[batch.types == i]][-400:]
         state.update(step=state["step"] + 1, scenes=state["scenes"] + len(batch.ids), elapsed=before + time.time() - begun)
-        means = {name: float(np.mean(values)) for name, values in right.items()}
+        means = {name: float(np.mean(values)) for name, values in right.items() if values}
         if state["step"] % 25 == 0:
             said = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
             at = f"{state['elapsed']:6.0f} s  step {state['step']}  side {state['side']}  scenes {state['scenes']}"
             print(f"{at}  loss {loss.item():.3f}  extra {extra.item():.3f}  {said}", flush=True)
         stage = SIDES.index(state["side"])
-        known = min(map(len, right.values())) == 400 and np.mean(list(means.values())) > PASS
+        known = len(right) == len(TYPES) and min(map(len, right.values())) == 400 and np.mean(list(means.values())) > PASS
         passed = state["side"] != SIDE and (share > UNTIL[stage] or known)
         if passed:
             print(f"{state['elapsed']:6.0f} s  step {state['step']}  passed {state['side']} pixels", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ class Entry:
     positions, and counts those that came in, so that whatever follows stands where it would have stood.
     """
 
-    def __init__(self, model: torch.nn.Module, methods: tuple[VisionMethod, ...]) -> None:
-        self.methods, self.eyes = methods, find_eyes(model)
+    def __init__(self, model: torch.nn.Module, methods: tuple[VisionMethod, ...], in_force: Callable[[], bool]) -> None:
+        self.methods, self.eyes, self._in_force = methods, find_eyes(model), in_force
         self.compact = any(m.positions == "compact" for m in methods)
         self.reductions: list[Reduction] = []
         self.pictures: list[Picture] = []
@@ -36,8 +37,9 @@ class Entry:
         self._arguments: dict[str, Any] = {}
         self._trace: Trace | None = None
         self.seen: Seen | None = None  # of the latest forward with pictures, as are ``pictures`` and ``reductions``
-        self._shortens = False
+        self._fresh = False  # whether the encoder has looked at pictures that no forward has taken in yet
         self._encoded: torch.Tensor | None = None
+        self._watching = False
         self._rows: torch.Tensor | None = None
         depth = len(find_blocks(self.eyes.tower))
         self._wants = frozenset(want for method in methods for want in method.wants(depth))
@@ -82,35 +84,38 @@ class Entry:
             self._trace.stop()
         if self._request is not None:
             self._request.count = self._request.pictures = None
-        self._request = self._trace = self._encoded = self._rows = None
-        self._shortens = False
+        if self._request is not None:
+            self._fresh = False
+        self._request = self._rows = None
         self._arguments = {}
 
     def _watch(self, original: Any, given: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs the encoder under observation."""
-        if self._request is None:
+        """Runs the encoder under observation: within a forward, or ahead of it as ``generate`` does."""
+        if not self._in_force():
             return original(*args, **kwargs)
+        self._encoded, self._watching = None, True
         self._trace = Trace(self.eyes.tower, self._wants)
         try:
             output = original(*args, **kwargs)
         finally:
+            self._watching = False
             self._trace.stop()
         self.seen = look(self.eyes, output, {**self._arguments, **given})
-        self._shortens = True
+        self._fresh = True
         return output
 
     def _remember(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._request is not None and self._encoded is None:
+        if self._watching and self._encoded is None:
             self._encoded = args[0] if args else next(iter(kwargs.values()))
 
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         request = self._request
         if request is None:
             return None
-        if self._shortens:
-            kwargs = self._shorten(kwargs)
         shift = request.memory.get(SHIFT)
-        if shift is not None and not self._shortens:
+        if self._fresh and request.positions.shape[1] > 1:
+            kwargs = self._shorten(kwargs)
+        elif shift is not None:
             kwargs = {**kwargs, "position_ids": self._positions(kwargs) - shift[:, None]}
         return args, kwargs
 
@@ -125,7 +130,7 @@ class Entry:
         request.pictures = torch.full((len(ids), int(positions.max()) + 1), -1, device=positions.device)
         embeddings = embeddings.clone()
         self.pictures, self.reductions = self._open(ids, embeddings, stays), []
-        for picture, (row, slots) in zip(self.pictures, spans(ids, self.eyes, self.seen), strict=True):
+        for picture, (_, row, slots) in zip(self.pictures, spans(ids, self.eyes, self.seen), strict=True):
             reduction = self._reduce(picture)
             self.reductions.append(reduction)
             gone = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
@@ -158,13 +163,14 @@ class Entry:
         special = ids == self.eyes.image
         if self.eyes.video is not None:
             special |= ids == self.eyes.video
-        for i, (row, slots) in enumerate(spans(ids, self.eyes, seen)):
+        for i, row, slots in spans(ids, self.eyes, seen):
             words = (real[row] & ~special[row]).nonzero()[:, 0]
             pictures.append(
                 Picture(
                     features=embeddings[row, slots], layout=seen.layouts[i], text=embeddings[row, words],
                     text_ids=ids[row, words], after=words > slots[-1], trace=self._trace, encoded=self._encoded,
-                    first=seen.firsts[i], window=seen.windows[i], order=seen.orders[i], number=i, projector=self.eyes.projector,
+                    first=seen.firsts[i], window=seen.windows[i], order=seen.orders[i], number=len(pictures),
+                    projector=self.eyes.projector,
                 )
             )  # fmt: skip
         return pictures

@@ -46,22 +46,24 @@ class InsideMethod(AttentionMethod):
         if pictures is None or self.budget.is_full:
             return
         self.watch(layer, call)
-        if layer.index not in self.stays(1, layer.layers) or layer.index == layer.layers - 1:
+        if layer.index == layer.layers - 1:
             return
         positions = layer.shared_positions[:, 0]
         number = pictures.gather(1, positions.clamp(min=0, max=pictures.shape[1] - 1))
         number = number.masked_fill((positions < 0) | (positions >= pictures.shape[1]), -1)
-        stays = positions >= 0
-        worth = self.worth(layer, call)
+        stays, worth = positions >= 0, None
         for picture in number.unique().tolist():
-            if picture < 0:
+            left = {} if picture < 0 else self.stays(int((pictures == picture).sum()), layer.layers)
+            if layer.index not in left:
                 continue
+            worth = self.worth(layer, call) if worth is None else worth
             row = int((number == picture).any(-1).nonzero()[0])
             slots = (number[row] == picture).nonzero()[:, 0]
-            k = self.stays(int((pictures[row] == picture).sum()), layer.layers)[layer.index]
-            if k < len(slots):
+            if left[layer.index] < len(slots):
                 stays[row, slots] = False
-                stays[row, top(worth[row], k, slots)] = True
+                stays[row, top(worth[row], left[layer.index], slots)] = True
+        if worth is None:
+            return
         living = positions.masked_fill(~stays, -1).sort(dim=-1).values
         new = layer.request.positions
         living = living.masked_fill(living < new.masked_fill(new < 0, new.max()).amin(-1, keepdim=True), -1)  # of this forward

@@ -24,7 +24,7 @@ LENGTH, STEPS, BUDGET = 70, 6, 40
 METHODS = {
     row["id"]: registry.find(row["id"])
     for row in laconic.methods()
-    if issubclass(registry.find(row["id"]), AttentionMethod)
+    if issubclass(registry.find(row["id"]), AttentionMethod) and row["stage"] == "attention"
     and not issubclass(registry.find(row["id"]), ReweightMethod)  # these change the output by intention, at any budget
 }
 CHOOSING = [name for name, cls in METHODS.items() if issubclass(cls, EvictMethod | ReadMethod)]

@@ -103,7 +103,7 @@ def test_reference_in_half_precision_is_still_a_distribution(tiny, runner, monke
 
 def test_nan_is_refused(tiny, runner, monkeypatch) -> None:
     (item,) = measure.prepare([example("The quick brown fox")], tiny[1])
-    monkeypatch.setattr(runner, "forward", lambda tokens, cache: (torch.full((258,), torch.nan), None, 0.0))
+    monkeypatch.setattr(runner, "forward", lambda tokens, cache, inputs=None: (torch.full((258,), torch.nan), None, 0.0))
     with pytest.raises(LaconicError, match="not numbers"):
         measure.keep_reference(item, runner.run(item), 1)
 

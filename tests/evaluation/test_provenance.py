@@ -14,7 +14,7 @@ TASK = SimpleNamespace(name="mine", metric="exact")
 
 
 def items(prompt: str = "a prompt") -> list[SimpleNamespace]:
-    return [SimpleNamespace(example=SimpleNamespace(prompt=prompt, answer="x", choices=None), prefill=3, limit=4)]
+    return [SimpleNamespace(example=SimpleNamespace(prompt=prompt, answer="x", choices=None), prefill=3, limit=4, inputs={})]
 
 
 def test_identity_is_stable_and_json(tiny, tiny_path: str) -> None:

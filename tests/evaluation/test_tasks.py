@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from laconic.errors import LaconicError
-from laconic.evaluation import wording
+from laconic.evaluation import picture_tasks, wording
 from laconic.evaluation.haystack import paragraphs, reference_text
 from laconic.evaluation.metrics import score
 from laconic.evaluation.prompts import build_prompt, place
@@ -21,7 +21,9 @@ from laconic.models.names import code_names
 
 LENGTHS = [600, 1200]
 TEXTS = ("perplexity", "long_generation")
-RETRIEVAL = [name for name in task_names() if name not in TEXTS]
+PICTURES = tuple(picture_tasks.TASKS)
+NAMES = [name for name in task_names() if name not in PICTURES]
+RETRIEVAL = [name for name in NAMES if name not in TEXTS]
 NAME = "[A-Z][a-z]{5}"
 
 
@@ -73,7 +75,7 @@ def asked_name(example: Example) -> str:
     return " " + re.findall(NAME, example.question or "")[-1]
 
 
-@pytest.mark.parametrize("name", task_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_lengths_are_met_with_any_tokenizer(name: str, tokenizer) -> None:
     task = load_task(name, tokenizer, samples=4, lengths=LENGTHS)
     assert len(task.examples) == 4 and not task.problems
@@ -83,7 +85,7 @@ def test_lengths_are_met_with_any_tokenizer(name: str, tokenizer) -> None:
     assert Counter(e.meta["length"] for e in task.examples) == {length: 2 for length in LENGTHS}
 
 
-@pytest.mark.parametrize("name", task_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_examples(name: str) -> None:
     tokenizer = make_tokenizer("needle")
     again = load_task(name, tokenizer, samples=12, lengths=LENGTHS)

@@ -28,7 +28,7 @@ def stays(handle: Any, x: dict[str, torch.Tensor]) -> torch.Tensor:
     """Which of the prompt's tokens are left, boolean as the ids."""
     left, entry = x["attention_mask"].bool().clone(), handle.entry
     places = spans(x["input_ids"], entry.eyes, entry.seen)
-    for (row, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
+    for (_, row, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
         keep = picture.layout.separators.clone()
         keep[reduction.kept] = True
         left[row, slots[~keep]] = False
@@ -109,8 +109,9 @@ def test_what_stays_equals_the_prompt_shortened_by_hand(family: str, recipe: str
 def test_a_batch_is_each_prompt_alone(family: str, recipe: str) -> None:
     """Texts written after pictures of unequal counts; the last row has none."""
     model, x = vlm.build(family), vlm.inputs(family, (2, 1))
-    with laconic.apply(model, recipe), torch.no_grad():
+    with laconic.apply(model, recipe) as handle, torch.no_grad():
         together = model.generate(**x, max_new_tokens=6, do_sample=False)[:, -6:]
+        assert handle.latest.layers[-1].n < x["input_ids"].shape[1]
     for row, alone in enumerate(split(family, x, (2, 1))):
         if "random" in recipe and row:
             continue  # the numbers of a picture follow its place among all of the batch
