@@ -11,7 +11,6 @@ from laconic.errors import LaconicError
 from laconic.primitives.scores import full_attention_received
 
 NAME = "laconic_vision"
-KINDS = ("cls", "received", "keys", "queries", "values")
 ROWS = 256
 
 
@@ -22,7 +21,8 @@ class Want:
 
     ``cls``: attention of the class token to every patch, mean over heads, ``(pictures, patches)``; it has been divided among all
     tokens, the class token among them. ``received``: attention that a patch gets from all tokens, summed over them and mean
-    over heads: 1 everywhere where attention is even. ``keys``, ``queries``, ``values``: ``(pictures, heads, patches, head_dim)``.
+    over heads: 1 everywhere where attention is even. ``salience``: ``cls`` where there is a class token, else ``received``.
+    ``keys``, ``queries``, ``values``: ``(pictures, heads, patches, head_dim)``.
     """
 
     kind: str
@@ -41,6 +41,7 @@ class Trace:
         blocks = find_blocks(self.tower)
         self.depth = len(blocks)
         self.has_class = has_class_token(self.tower)
+        self.wants = frozenset(Want(self._kind(want), want.layer) for want in self.wants)
         for want in sorted(self.wants, key=lambda w: w.kind):
             if want.kind == "cls" and not self.has_class:
                 raise LaconicError(
@@ -61,6 +62,11 @@ class Trace:
         for config in configs.values() if wanted else ():
             self._configs.append((config, config._attn_implementation))
             config._attn_implementation = NAME
+
+    def _kind(self, want: Want) -> str:
+        if want.kind == "salience":
+            return "cls" if self.has_class else "received"
+        return want.kind
 
     def stop(self) -> None:
         """Takes the recording out of the encoder; what was found stays."""

@@ -42,18 +42,15 @@ class InsideMethod(AttentionMethod):
         """Called in every layer of a prompt with pictures: the place to add up."""
 
     def leave(self, layer: KVLayer, call: Call) -> None:
-        pictures = layer.request.pictures
-        if pictures is None or self.budget.is_full:
+        number = picture_numbers(layer)
+        if number is None or self.budget.is_full:
             return
         self.watch(layer, call)
         if layer.index == layer.layers - 1:
             return
-        positions = layer.shared_positions[:, 0]
-        number = pictures.gather(1, positions.clamp(min=0, max=pictures.shape[1] - 1))
-        number = number.masked_fill((positions < 0) | (positions >= pictures.shape[1]), -1)
-        stays, worth = positions >= 0, None
+        stays, worth = torch.ones_like(number, dtype=torch.bool), None
         for picture in number.unique().tolist():
-            left = {} if picture < 0 else self.stays(int((pictures == picture).sum()), layer.layers)
+            left = {} if picture < 0 else self.stays(int((layer.request.pictures == picture).sum()), layer.layers)
             if layer.index not in left:
                 continue
             worth = self.worth(layer, call) if worth is None else worth
@@ -62,12 +59,25 @@ class InsideMethod(AttentionMethod):
             if left[layer.index] < len(slots):
                 stays[row, slots] = False
                 stays[row, top(worth[row], left[layer.index], slots)] = True
-        if worth is None:
-            return
+        if worth is not None:
+            self.go_on(layer, stays)
+
+    def go_on(self, layer: KVLayer, stays: torch.Tensor) -> None:
+        """Only the entries that ``stays`` (batch, n) names go on to deeper layers, as far as they are of this forward."""
+        positions, new = layer.shared_positions[:, 0], layer.request.positions
         living = positions.masked_fill(~stays, -1).sort(dim=-1).values
-        new = layer.request.positions
-        living = living.masked_fill(living < new.masked_fill(new < 0, new.max()).amin(-1, keepdim=True), -1)  # of this forward
+        living = living.masked_fill(living < new.masked_fill(new < 0, new.max()).amin(-1, keepdim=True), -1)
         layer.request.onward = living[:, int((living < 0).sum(-1).min()) :]
+
+
+def picture_numbers(layer: KVLayer) -> torch.Tensor | None:
+    """Which picture each entry of the layer belongs to, int64 ``(batch, n)``, -1 for words; None where no picture comes in."""
+    pictures = layer.request.pictures
+    if pictures is None:
+        return None
+    positions = layer.shared_positions[:, 0]
+    number = pictures.gather(1, positions.clamp(min=0, max=pictures.shape[1] - 1))
+    return number.masked_fill((positions < 0) | (positions >= pictures.shape[1]), -1)
 
 
 def attention_of_last(layer: KVLayer, call: Call, rows: int = 1) -> torch.Tensor:

@@ -109,6 +109,35 @@ class Picture:
         found = self._heads("keys", layer)[:, :, int(self.trace.has_class) :].float().mean(1)
         return self._pooled(found, "mean")
 
+    def encoded_tokens(self) -> torch.Tensor:
+        """What the projector was given, mean over the patches of a token, float32 ``(n, width)``; 0 for separators."""
+        given, cells = self.projector_input().float(), sum(h * w for h, w in self.layout.shapes)
+        if given.dim() == 2:  # one row of all patches, members of a cell side by side
+            return self.of_inputs(given.unflatten(0, (cells, -1)).mean(1))
+        if given.shape[1] * len(given) != cells:
+            given = pool_cells(given, *self.layout.shapes[0], "mean")
+        return self.of_inputs(given.flatten(0, 1))
+
+    def projector_input(self) -> torch.Tensor:
+        """Its part of what the projector was given: ``(crops, patches, width)``, or ``(patches, width)`` of one row."""
+        if self.window is not None:
+            return self.encoded.flatten(0, -2)[self.window[0] : self.window[1]]
+        return self.encoded[self.first : self.first + len(self.layout.shapes)]
+
+    def project(self, given: torch.Tensor) -> torch.Tensor:
+        """The cells of ``given``, as ``projector_input`` is, float32 ``(cells, dim)`` in the projector's own order."""
+        with torch.no_grad():
+            return self.projector(given).float().flatten(0, -2)
+
+    def of_inputs(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the cells, in the projector's order, as values of the tokens; 0 for separators."""
+        index = self.layout.index.to(values.device)
+        if self.order is not None:
+            index = self.order.to(values.device)[index]
+        found = values[index]
+        gone = self.layout.separators.to(values.device)
+        return found.masked_fill(gone if found.dim() == 1 else gone[:, None], 0.0)
+
     def _heads(self, kind: str, layer: int) -> torch.Tensor:
         found = self.trace.get(kind, layer)
         if self.window is not None:

@@ -11,6 +11,7 @@ from laconic.claims import Claim
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
+from laconic.vision.select import spread
 
 
 @register
@@ -26,6 +27,4 @@ class Uniform(VisionMethod):
     claims: ClassVar[tuple[Claim, ...]] = ()
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        cells = picture.cells
-        at = torch.arange(k, device=cells.device, dtype=torch.float64)
-        return cells[((at + 0.5) * len(cells) / k).long()]
+        return spread(picture.cells, k)

@@ -1,0 +1,66 @@
+"""What becomes of tokens that are not kept: they join others. A merge says where each goes, and moves any tensor along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Which token each token goes into.
+
+    Attributes:
+        into: int64 ``(n,)``: the number of a kept token, itself for those; -1 for a token that is lost.
+    """
+
+    into: torch.Tensor
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The tokens that stay, int64 ascending."""
+        return (self.into == torch.arange(len(self.into), device=self.into.device)).nonzero()[:, 0]
+
+    def sizes(self) -> torch.Tensor:
+        """How many tokens each kept one stands for, itself included, int64 ``(kept,)``."""
+        real = self.into[self.into >= 0]
+        return torch.bincount(real, minlength=len(self.into))[self.kept]
+
+    def mean(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean of the members of each kept token, ``(kept, width)`` of ``values`` (n, width), as float32.
+
+        Args:
+            weights: ``(n,)``, not negative; where those of all members are 0, the plain mean.
+        """
+        real = self.into >= 0
+        weights = torch.ones(len(values), device=values.device) if weights is None else weights.float()
+        target = self.into.clamp(min=0)
+        none = torch.zeros(len(values), device=values.device).index_add_(0, target[real], weights[real]) <= 0
+        weights = torch.where(none[target], torch.ones_like(weights), weights)[real]
+        total = torch.zeros(len(values), device=values.device).index_add_(0, target[real], weights)
+        summed = torch.zeros(values.shape, device=values.device, dtype=torch.float32)
+        summed.index_add_(0, target[real], weights[:, None] * values[real].float())
+        return (summed / total[:, None].clamp(min=1e-12))[self.kept]
+
+
+def join_nearest(keys: torch.Tensor, targets: torch.Tensor, movers: torch.Tensor) -> torch.Tensor:
+    """For each of ``movers`` (m,) the one of ``targets`` (t,) with the largest cosine of ``keys`` (n, dim); ties to the first."""
+    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    return targets[(unit[movers] @ unit[targets].t()).argmax(-1)]
+
+
+def bipartite(keys: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bipartite soft matching (Token Merging, 2022): of every second token of ``among`` (c,) the ``count`` that are most like one
+    of the others.
+
+    Returns:
+        the tokens that go, most alike first, and for each the one that it goes into; int64 ``(min(count, c // 2),)``. Its first,
+        third, ... token are those that may go.
+    """
+    movers, targets = among[0::2], among[1::2]
+    count = min(count, len(targets))
+    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    best, partner = (unit[movers] @ unit[targets].t()).max(-1)
+    order = best.argsort(descending=True, stable=True)[:count]
+    return movers[order], targets[partner[order]]

@@ -1,0 +1,64 @@
+"""Withdrawal: late in the language model all picture tokens leave, once nobody looks at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from laconic.attention.base import Call
+from laconic.cache import KVLayer
+from laconic.claims import Claim
+from laconic.method import parameter
+from laconic.primitives.scores import attention_received
+from laconic.registry import register
+from laconic.vision.inside import InsideMethod, picture_numbers
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Withdraw(InsideMethod):
+    """Drops all picture tokens after one late layer if words hardly look at them there; otherwise drops none.
+
+    How much is the attention that its tokens receive from the words behind it, of all that these give, mean over heads. Below
+    ``threshold`` the picture leaves: no deeper layer computes or holds any of it, not while the answer is written either. With
+    ``threshold=1`` it always leaves, as in Visual Token Withdrawal (2024). Takes no budget.
+    """
+
+    id: ClassVar[str] = "withdraw"
+    paper: ClassVar[str] = "ToDRE: Visual Token Pruning via Diversity and Task Awareness for Efficient LVLMs (2025)"
+    takes_budget: ClassVar[bool] = False
+    claims: ClassVar[tuple[Claim, ...]] = ()
+
+    at: float = parameter(0.875, "after this share of the layers", least=0, search=(0.75, 0.5))
+    threshold: float = parameter(0.1, "attention below which a picture leaves", least=0, search=())
+
+    def check(self) -> None:
+        self.require(self.budget.is_full, "it drops all or nothing, so it takes no budget.")
+        self.require(0 < self.at < 1, "at is a share of the layers: give more than 0 and less than 1.")
+
+    def leave(self, layer: KVLayer, call: Call) -> None:
+        last = min(max(round(self.at * layer.layers), 1), layer.layers - 1) - 1
+        numbers = picture_numbers(layer)
+        if numbers is None or layer.index != last:
+            return
+        gone = torch.zeros_like(numbers, dtype=torch.bool)
+        for picture in numbers.unique().tolist():
+            if picture < 0:
+                continue
+            row = int((numbers == picture).any(-1).nonzero()[0])
+            slots = numbers[row] == picture
+            if self.attention(layer, call, row, slots) < self.threshold:
+                gone[row] |= slots
+        self.go_on(layer, ~gone)
+
+    def attention(self, layer: KVLayer, call: Call, row: int, slots: torch.Tensor) -> float:
+        """Share of the attention of the words behind a picture that its entries ``slots`` (n,) receive."""
+        behind = layer.n - 1 - int(slots.nonzero()[-1])
+        words = max(1, min(behind, call.query.shape[2]))
+        received = attention_received(
+            call.query[row : row + 1, :, -words:], layer.keys[row : row + 1], scale=call.scale, softcap=call.softcap,
+            window=call.window, starts=None if layer.starts() is None else layer.starts()[row : row + 1],
+        )  # fmt: skip
+        return float(received.mean(1)[0, slots].sum()) / words
