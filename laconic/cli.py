@@ -36,7 +36,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         debug = options.get("debug", False)
         try:
-            if command.__name__ in ("compare", "generate", "tune", "sinks", "profile") and not debug:
+            if command.__name__ in ("compare", "generate", "tune", "sinks", "profile", "see") and not debug:
                 _silence_libraries()
             command(**options)
             sys.stdout.flush()
@@ -358,6 +358,58 @@ def generate(
         f"{size(stats['bytes_kept'])} kept, {size(stats['bytes_read'])} read/step",
         file=sys.stderr,
     )
+
+
+@app.command()
+@guarded
+def see(
+    image: Annotated[str, typer.Argument(help="A picture: PNG, JPEG, ...; or scene:N, the N-th rendered one.")] = "scene:0",
+    question: Annotated[str | None, typer.Argument(help="What to ask about it; of a scene, by default its own question.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="A recipe, such as divprune:10%; may be given several times.")
+    ] = None,
+    also: Annotated[list[str] | None, typer.Option("--also", help="Another picture of the same prompt.")] = None,
+    model: Model = "shapes",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the pictures go: .png, or .html with scores.")] = Path(
+        "laconic-see.png"
+    ),
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Ask about a picture, dense and with methods that drop picture tokens, and see which patches stay.
+
+    Kept patches are shown as they are, dropped ones faded, merged ones tinted blue; what only some layers hold lies between.
+
+    \b
+    Examples:
+      laconic see
+      laconic see scene:4 "what colour is the star ?" --method divprune:5.6% --method fastv:11.1%
+      laconic see photo.jpg "What is on the table?" --model PATH_OR_HUB_ID --method visionzip:10% --output table.html
+    """
+    from laconic.evaluation.workload import open_model
+    from laconic.vision.overlay import save_views
+    from laconic.vision.see import SHOWN_METHODS, scene_of
+    from laconic.vision.see import see as run
+
+    picture, asked = scene_of(image) if image.partition(":")[0] == "scene" else (image, question)
+    question = question or asked
+    if not question:
+        raise LaconicError(f'There is no question about {image}: write laconic see {image} "What is this?".')
+    network, reader, _ = open_model(model, device, dtype)
+    views, pictures = run(
+        network, reader, [picture, *(also or [])], question, method or SHOWN_METHODS, max_new_tokens=max_new_tokens
+    )
+    save_views(output, views, pictures, question)
+    if as_json:
+        _print_json({"question": question, "model": model, "output": str(output), "views": [view.row() for view in views]})
+        return
+    from laconic.evaluation.table import view_table
+
+    _console().print(view_table(views))
+    print(f"Pictures: {output}")
 
 
 def _standard_input() -> str:

@@ -124,3 +124,26 @@ def _cells(
         cells.append(beside(figure(row["quality"]), "quality"))
     cells += [figure(row["fidelity"]), *([] if floor is None else _curve(row, floor)), figure(row["kl"])]
     return cells + [show(row.get(key)) if key == "pairs" else beside(show(row[key]), key) for _, key, show in columns]
+
+
+def view_table(views: Sequence[Any]) -> Table:
+    """What ``laconic see`` prints: a line per recipe with its answer, tokens, bytes and time beside dense."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from laconic.vision.overlay import kept_of
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("recipe", "answer", "picture tokens", "cache", "prefill", "decode/token"):
+        table.add_column(name, justify="left" if name in ("recipe", "answer") else "right")
+    dense = views[0]
+    for view in views:
+        cells = [kept_of(view)]
+        for value, reference, show in (
+            (view.bytes_kept, dense.bytes_kept, size), (view.prefill_s, dense.prefill_s, seconds),
+            (view.decode_s, dense.decode_s, seconds),
+        ):  # fmt: skip
+            cells.append(f"{show(value)} {'' if view is dense else ratio(value, reference)}".strip())
+        table.add_row(view.recipe, Text(view.answer, "" if view.answer == dense.answer else "red"), *cells)
+    return table

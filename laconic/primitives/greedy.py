@@ -12,6 +12,7 @@ import torch
 
 BLOCK = 512  # rows whose similarities to all tokens are held at a time
 TIE = 1e-6
+TOGETHER = 32  # candidates whose gain is computed at once
 
 
 class Rule(Protocol):
@@ -103,12 +104,13 @@ class Covering:
 
     def gains(self, among: torch.Tensor) -> torch.Tensor:
         while True:
-            best = int(self.bounds.masked_fill(~among, float("-inf")).argmax())
-            if bool(self.known[best]):
+            bounds = self.bounds.masked_fill(~among, float("-inf"))
+            if bool(self.known[bounds.argmax()]):
                 return self.bounds
-            gain = (self.columns[best] - self.cover).clamp(min=0).sum()
-            self.bounds[best] = gain if self.weight is None else gain * self.weight[best]
-            self.known[best] = True
+            stale = bounds.masked_fill(self.known, float("-inf")).topk(min(TOGETHER, len(bounds))).indices
+            gain = (self.columns[stale] - self.cover).clamp(min=0).sum(-1)
+            self.bounds[stale] = gain if self.weight is None else gain * self.weight[stale]
+            self.known[stale] = True
 
     def pick(self, index: int) -> None:
         self.cover = torch.maximum(self.cover, self.columns[index])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from laconic.errors import LaconicError
 from laconic.vision.see import Shown, View
 
 if TYPE_CHECKING:
@@ -96,6 +98,67 @@ def panels(views: Sequence[View], pictures: Sequence[Image], question: str, colu
     return page
 
 
+def save_views(path: str | Path, views: Sequence[View], pictures: Sequence[Image], question: str) -> None:
+    """Writes ``panels`` as a picture, or, where the name ends in .html, as a page that tells the score of every patch."""
+    path = Path(path)
+    try:
+        if path.suffix.lower() in (".html", ".htm"):
+            path.write_text(_page(views, pictures, question), encoding="utf-8")
+        else:
+            panels(views, pictures, question).save(path)
+    except (OSError, ValueError) as error:
+        raise LaconicError(f"The pictures cannot be written to {path} ({error}): give a path ending in .png or .html.") from None
+
+
+def _page(views: Sequence[View], pictures: Sequence[Image], question: str) -> str:
+    """A self-contained page: one figure per view and picture, with a title on every patch."""
+    from jinja2 import Environment, PackageLoader
+
+    figures = []
+    for view in views:
+        shown = [
+            {
+                "data": _data(_strip(view, number, picture)),
+                "cells": _cells(view.pictures[number]) if number < len(view.pictures) else [],
+            }
+            for number, picture in enumerate(pictures)
+        ]
+        figures.append({"view": view, "shown": shown, "kept": kept_of(view), "same": view.answer == views[0].answer})
+    environment = Environment(loader=PackageLoader("laconic.evaluation", "templates"), autoescape=True)
+    return environment.get_template("see.html.j2").render(question=question, figures=figures)
+
+
+def kept_of(view: View) -> str:
+    """How many tokens of each picture reach the last layer, as text."""
+    return ", ".join(f"{p.kept} of {int((~p.layout.separators).sum())}" for p in view.pictures) or "all"
+
+
+def _cells(shown: Shown) -> list[dict[str, str]]:
+    """Squares over the whole picture's patches: where each lies in pixels, and what became of it."""
+    layout, (height, width) = shown.layout, shown.layout.shapes[0]
+    scale = max(1, SIDE // max(height, width))
+    squares = []
+    for token in (layout.crop == 0).nonzero()[:, 0].tolist():
+        row, column, depth = int(layout.row[token]), int(layout.column[token]), float(shown.depth[token])
+        fate = "kept" if depth == 1 else "dropped" if depth == 0 else f"in {depth:.0%} of the layers"
+        if shown.into is not None and int(shown.into[token]) not in (-1, token):
+            fate = f"merged into token {int(shown.into[token])}"
+        score = "" if shown.scores is None else f", score {float(shown.scores[token]):.4g}"
+        at = f"left:{column * scale}px;top:{row * scale}px;width:{scale}px;height:{scale}px"
+        squares.append({"at": at, "title": f"token {token}, row {row}, column {column}: {fate}{score}"})
+    return squares
+
+
+def _data(image: Image) -> str:
+    """A picture as a data address."""
+    import base64
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def _panel(view: View, pictures: Sequence[Image], dense: View) -> Image:
     """One view: its pictures, and below what is to be said."""
     from PIL import Image, ImageDraw
@@ -116,9 +179,8 @@ def _panel(view: View, pictures: Sequence[Image], dense: View) -> Image:
         at += LINE
     answer = textwrap.shorten(view.answer or "(nothing)", max(10, width // 8), placeholder=" ...")
     draw.text((0, at), answer, fill=RIGHT if view.answer == dense.answer else WRONG, font=_font(15))
-    kept = ", ".join(f"{p.kept} of {int((~p.layout.separators).sum())}" for p in view.pictures) or "all"
     faster = "" if view is dense else f" ({dense.prefill_s / view.prefill_s:.1f}x)"
-    said = f"{kept} picture tokens, prefill {1000 * view.prefill_s:.0f} ms{faster}"
+    said = f"{kept_of(view)} picture tokens, prefill {1000 * view.prefill_s:.0f} ms{faster}"
     draw.text((0, at + LINE + 2), said, fill=PALE, font=_font(13))
     return panel
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+SHOWN_METHODS = ("random_prune:11.1%", "uniform:11.1%", "vtc_cls:11.1%", "divprune:11.1%", "visionzip:11.1%", "fastv:11.1%")
+
+
 @dataclass
 class Shown:
     """What became of one picture's tokens.
@@ -59,6 +62,20 @@ class View:
         shown = [{"tokens": int((~p.layout.separators).sum()), "kept": p.kept} for p in self.pictures]
         names = ("recipe", "answer", "tokens", "prefill_s", "decode_s", "kept", "bytes_kept")
         return {name: getattr(self, name) for name in names} | {"pictures": shown}
+
+
+def scene_of(name: str) -> tuple[Any, str]:
+    """The rendered scene ``scene:N`` and a question about it; ``scene`` is the first."""
+    from itertools import islice
+
+    from laconic.evaluation.picture_tasks import held_out
+    from laconic.models.scenes import examples
+
+    number = name.partition(":")[2] or "0"
+    if not number.isdecimal() or int(number) > 100_000:
+        raise LaconicError(f"There is no scene '{number}': give a whole number, as in scene:4.")
+    scene, question = next(islice(examples(held_out(0)), int(number), None))
+    return scene, question.text
 
 
 def see(
