@@ -1,0 +1,73 @@
+"""GlobalCom2: the whole picture commands its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from laconic.method import parameter
+from laconic.registry import register
+from laconic.vision.base import VisionMethod
+from laconic.vision.encoder import Want
+from laconic.vision.picture import Picture
+from laconic.vision.regions import crop_members, place_in_whole, share_out, top_of_regions, whole_cells_of_parts
+from laconic.vision.select import top
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class GlobalCom2(VisionMethod):
+    """Lets the whole picture say how much each of its parts keeps, and gives it a vote on every token of a part.
+
+    A token is worth what the encoder attends to in its last block. The whole picture keeps its share of the budget; a part's
+    share rises with the worth of its region in the whole by a softmax at ``temperature``, in units of their spread. In a part a
+    token counts by its own worth and by that of its place in the whole, each of length 1 over the part. Worth here is attention,
+    where the source takes logits; the temperature is measured in spreads for that reason.
+    """
+
+    id: ClassVar[str] = "globalcom2"
+    paper: ClassVar[str] = "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration (2025)"
+
+    temperature: float = parameter(1.0, "of the softmax over parts, in spreads of their worth", least=1e-3, search=(0.3, 3.0))
+    share: float = parameter(0.5, "weight of the whole picture's vote against the part's own", least=0, search=(0.25, 0.75))
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.share <= 1, "share lies between 0 and 1.")
+
+    def wants(self, depth: int) -> set[Want]:
+        return {Want("salience", -1)}
+
+    def choose(self, picture: Picture, k: int) -> torch.Tensor:
+        worth, members = picture.salience(-1).cpu(), crop_members(picture.layout)
+        if len(members) == 1:
+            return top(worth, k, members[0])
+        caps = torch.tensor([len(part) for part in members])
+        ratio = k / int(caps.sum())
+        grid = self.whole_grid(picture, worth)
+        region = whole_cells_of_parts(picture.layout)
+        sums = torch.zeros(len(members)).index_add_(0, region, grid.flatten())[1:]
+        lift = ((sums - sums.max()) / (self.temperature * sums.std(correction=0).clamp(min=1e-12))).softmax(0)
+        ratios = (ratio * (1 + lift - lift.mean())).clamp(max=1.0)
+        weights = torch.cat([torch.tensor([ratio]), ratios]) * caps
+        return top_of_regions(self.votes(picture, worth, grid, members), members, share_out(weights, k, caps))
+
+    def whole_grid(self, picture: Picture, worth: torch.Tensor) -> torch.Tensor:
+        """Worth of the whole picture's cells, ``(height, width)``."""
+        layout, here = picture.layout, picture.layout.crop == 0
+        grid = torch.zeros(layout.shapes[0])
+        grid[layout.row[here], layout.column[here]] = worth[here]
+        return grid
+
+    def votes(self, picture: Picture, worth: torch.Tensor, grid: torch.Tensor, members: list[torch.Tensor]) -> torch.Tensor:
+        """Worth ``(n,)`` with the whole picture's vote in it, for tokens of the parts."""
+        down, across = (share.nan_to_num(0.5) for share in place_in_whole(picture.layout))
+        at = torch.stack([2 * across - 1, 2 * down - 1], dim=-1)[None, None]
+        told = torch.nn.functional.grid_sample(grid[None, None], at, mode="bilinear", padding_mode="border", align_corners=False)
+        told, votes = told[0, 0, 0], worth.clone()
+        for part in members[1:]:
+            own, given = (v[part] / v[part].norm().clamp(min=1e-12) for v in (worth, told))
+            votes[part] = self.share * given + (1 - self.share) * own
+        return votes

@@ -1,0 +1,70 @@
+"""Budgets for the regions of a picture: its crops, or stretches of its tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from laconic.primitives.allocate import apportion
+from laconic.vision.picture import Layout
+from laconic.vision.select import top
+
+
+def share_out(weights: torch.Tensor, k: int, caps: torch.Tensor) -> torch.Tensor:
+    """``k`` tokens among regions in proportion to ``weights`` (regions,), at most ``caps`` (regions,) each: exact, int64."""
+    return apportion(weights.double(), torch.tensor(k, device=weights.device), caps)
+
+
+def top_of_regions(scores: torch.Tensor, members: list[torch.Tensor], quotas: torch.Tensor) -> torch.Tensor:
+    """The best ``quotas`` (regions,) tokens of each region's ``members``, together in ascending order."""
+    return torch.cat([top(scores, int(k), among) for among, k in zip(members, quotas.tolist(), strict=True)]).sort().values
+
+
+def crop_members(layout: Layout) -> list[torch.Tensor]:
+    """The tokens of every crop, int64 ascending."""
+    return [(layout.crop == crop).nonzero()[:, 0] for crop in range(len(layout.shapes))]
+
+
+def stretches(among: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """``among`` (c,) cut into ``count`` pieces, the first ones a token longer where it does not divide."""
+    return list(torch.tensor_split(among, max(1, min(count, len(among)))))
+
+
+def place_in_whole(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each token of the parts lies in the whole picture, as shares of its height and width: ``(n,)`` each, 0..1.
+
+    The whole picture covers what is left of the parts when their padding is cut off. Tokens of crop 0 and separators are NaN.
+    """
+    height, width = layout.shapes[0]
+    columns = max(1, layout.parts[1])
+    part = (layout.crop - 1).clamp(min=0)
+    row = (part // columns * height + layout.row).float()
+    column = (part % columns * width + layout.column).float()
+    own = layout.crop > 0
+    if not bool(own.any()):
+        return row.fill_(float("nan")), column.fill_(float("nan"))
+    shares = []
+    for at in (row, column):
+        low, high = at[own].min(), at[own].max() + 1
+        shares.append(((at + 0.5 - low) / (high - low)).masked_fill(~own, float("nan")))
+    return shares[0], shares[1]
+
+
+def whole_cells_of_parts(layout: Layout) -> torch.Tensor:
+    """For each cell of the whole picture, row by row, the part that shows it: int64 ``(height * width,)``, counted from 1."""
+    height, width = layout.shapes[0]
+    rows, columns = layout.parts
+    down, across = place_in_whole(layout)
+    part = layout.crop - 1
+    row = torch.bucketize((torch.arange(height) + 0.5) / height, _ends(down, part // columns, rows)).clamp(max=rows - 1)
+    column = torch.bucketize((torch.arange(width) + 0.5) / width, _ends(across, part % columns, columns)).clamp(max=columns - 1)
+    return (1 + row[:, None] * columns + column[None]).flatten()
+
+
+def _ends(share: torch.Tensor, number: torch.Tensor, count: int) -> torch.Tensor:
+    """Where each of ``count`` rows or columns of parts ends, as a share of the whole; empty ones end where they begin."""
+    ends, last = [], 0.0
+    for i in range(count):
+        own = share[(number == i) & ~share.isnan()]
+        last = float(own.max()) if len(own) else last
+        ends.append(last)
+    return torch.tensor(ends)
