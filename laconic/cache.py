@@ -63,6 +63,8 @@ class Request:
         living: int64 ``(batch, k)``: positions of the rows that reach the running layer, -1 in front; None for all.
         pictures: int64 ``(batch, positions)``: number of the picture that the token at each position belongs to, -1 for words and
             separators; None where the running forward brings no picture, or nobody asked.
+        looked: the :class:`laconic.vision.picture.Picture` of that forward, by number.
+        layers: the layers of the cache.
         count: how many tokens came in, where fewer reach the first layer: what is left of ``positions`` is then theirs.
         figures: per layer, what the last forward kept and read (see ``Policy``).
         memory: what methods hand from layer to layer (a selection that deeper layers use again, scores that add up over
@@ -76,6 +78,8 @@ class Request:
         self.living: torch.Tensor | None = None
         self.count: int | None = None
         self.pictures: torch.Tensor | None = None
+        self.looked: list[Any] = []
+        self.layers: list[KVLayer] = []
         self.figures: dict[int, dict[str, Any]] = {}
         self.memory: dict[str, Any] = {}
 
@@ -477,13 +481,14 @@ class KVCache(Cache):
     def __init__(self, layers: int, *, reserve: int = 0) -> None:
         self.request = Request()
         super().__init__(layers=[KVLayer(i, layers, self.request, reserve=reserve) for i in range(layers)])
+        self.request.layers = self.layers
 
     def fork(self) -> KVCache:
         """An independent copy of everything held: what happens to one does not reach the other."""
         twin = KVCache(0)
         twin.request.policy = self.request.policy
         twin.request.memory = {name: _copy(value) for name, value in self.request.memory.items()}
-        twin.layers = [layer.copy(twin.request) for layer in self.layers]
+        twin.layers = twin.request.layers = [layer.copy(twin.request) for layer in self.layers]
         return twin
 
     def restore(self, snapshot: KVCache) -> None:

@@ -19,6 +19,7 @@ from laconic.method import Method
 from laconic.recipe import Recipe
 from laconic.vision.base import VisionMethod
 from laconic.vision.entry import Entry
+from laconic.vision.watch import LayerWatch
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_NAMES = ("cache", "past_key_values")
@@ -61,6 +62,7 @@ class Handle:
         self._cache: KVCache | None = None
         self._shrinker: LayerShrinker | None = None
         self.entry: Entry | None = None
+        self._watch: LayerWatch | None = None
         self._install()
 
     def __enter__(self) -> Handle:
@@ -83,7 +85,7 @@ class Handle:
             stack.remove(self)  # the innermost of several entries of the same handle
             stack.reverse()
         if self not in stack:
-            for part in (self._shrinker, self.entry):
+            for part in (self._shrinker, self.entry, self._watch):
                 if part is not None:
                     part.remove()
             self._shrinker = None
@@ -130,8 +132,11 @@ class Handle:
         if self._shrinker is None and any(isinstance(m, AttentionMethod) and m.shortens for m in self.recipe.methods):
             self._shrinker = LayerShrinker(self.model)
         if self not in _stack(self.model) and any(m.stage == "vision" for m in self.recipe.methods):
-            looking = tuple(m for m in self.recipe.methods if isinstance(m, VisionMethod))
+            looking = tuple(m for m in self.recipe.methods if m.stage == "vision")
             self.entry = Entry(self.model, looking, lambda: _stack(self.model)[-1:] == [self])
+        watching = tuple(m for m in self.recipe.methods if getattr(m, "watches_parts", ()))
+        if watching and self not in _stack(self.model):
+            self._watch = LayerWatch(self.model, watching)
         if not _stack(self.model):
             _prepare(self.model)
         _stack(self.model).append(self)
@@ -161,8 +166,9 @@ class Handle:
         cache.request.positions = _positions(arguments, cache.get_seq_length())
         if self.entry is not None:
             self.entry.start(cache.request, arguments)
-        if self._shrinker is not None:
-            self._shrinker.start(cache.request)
+        for part in (self._shrinker, self._watch):
+            if part is not None:
+                part.start(cache.request)
         return changes
 
 

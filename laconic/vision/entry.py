@@ -12,6 +12,7 @@ import torch
 from laconic.cache import Request
 from laconic.errors import LaconicError
 from laconic.layers import _map, _take_rows
+from laconic.method import Method
 from laconic.models.pictures import Seen, find_eyes, look, spans
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
@@ -28,9 +29,10 @@ class Entry:
     positions, and counts those that came in, so that whatever follows stands where it would have stood.
     """
 
-    def __init__(self, model: torch.nn.Module, methods: tuple[VisionMethod, ...], in_force: Callable[[], bool]) -> None:
-        self.methods, self.eyes, self._in_force = methods, find_eyes(model), in_force
-        self.compact = any(m.positions == "compact" for m in methods)
+    def __init__(self, model: torch.nn.Module, methods: tuple[Method, ...], in_force: Callable[[], bool]) -> None:
+        self.methods = tuple(method for method in methods if isinstance(method, VisionMethod))
+        self.eyes, self._in_force = find_eyes(model), in_force
+        self.compact = any(m.positions == "compact" for m in self.methods)
         self.reductions: list[Reduction] = []
         self.pictures: list[Picture] = []
         self._request: Request | None = None
@@ -84,6 +86,7 @@ class Entry:
             self._trace.stop()
         if self._request is not None:
             self._request.count = self._request.pictures = None
+            self._request.looked = []
         if self._request is not None:
             self._fresh = False
         self._request = self._rows = None
@@ -130,6 +133,7 @@ class Entry:
         request.pictures = torch.full((len(ids), int(positions.max()) + 1), -1, device=positions.device)
         embeddings = embeddings.clone()
         self.pictures, self.reductions = self._open(ids, embeddings, stays), []
+        request.looked = self.pictures
         for picture, (_, row, slots) in zip(self.pictures, spans(ids, self.eyes, self.seen), strict=True):
             reduction = self._reduce(picture)
             self.reductions.append(reduction)

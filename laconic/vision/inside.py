@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,8 @@ import torch
 from laconic.attention.base import AttentionMethod, Call
 from laconic.cache import KVLayer
 from laconic.claims import Claim
-from laconic.primitives.scores import attention_received
+from laconic.primitives.scores import attention_received, capped
+from laconic.vision.encoder import Want
 from laconic.vision.select import top
 
 
@@ -29,6 +31,10 @@ class InsideMethod(AttentionMethod):
 
     def check(self) -> None:
         self.require(self.budget.shape == "uniform", "it says itself what each layer keeps: leave out 'pyramid:'.")
+
+    def wants(self, depth: int) -> set[Want]:
+        """What the attention of a vision encoder of ``depth`` blocks is asked for."""
+        return set()
 
     def stays(self, n: int, layers: int) -> dict[int, int]:
         """After which layers, counted from 0, how many of a picture's ``n`` tokens are left."""
@@ -86,3 +92,34 @@ def attention_of_last(layer: KVLayer, call: Call, rows: int = 1) -> torch.Tensor
         call.query[:, :, -rows:], layer.keys, scale=call.scale, softcap=call.softcap, starts=layer.starts(), window=call.window
     )
     return received.mean(1)
+
+
+def attention_of_words(layer: KVLayer, call: Call, row: int, picture: int) -> torch.Tensor:
+    """Attention that each of the words behind a picture gives, ``(words, n)`` of one row: mean over heads, over all entries.
+
+    There are few words beside the many picture tokens, so that this is no map of all against all.
+    """
+    number = picture_numbers(layer)[row]
+    first = int((number == picture).nonzero()[-1]) + 1
+    rows = torch.arange(first, layer.n, device=number.device)
+    rows = rows[number[rows] < 0]
+    own = rows - (layer.n - call.query.shape[2])  # among the tokens of this forward
+    query = call.query[row, :, own].float().unflatten(0, (layer.heads, -1))
+    logits = torch.einsum("kgwd,knd->kgwn", query, layer.keys[row].float()) * call.scale
+    seen = (torch.arange(layer.n, device=rows.device) <= rows[:, None]) & (layer.shared_positions[row, 0] >= 0)
+    if call.window is not None:
+        at = layer.shared_positions[row, 0]
+        seen &= at > at[rows][:, None] - call.window
+    return capped(logits, call.softcap).masked_fill(~seen, float("-inf")).softmax(-1).mean((0, 1))
+
+
+def by_words(layer: KVLayer, call: Call, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``reduce`` of ``attention_of_words`` over the words, for every picture's own entries: float ``(batch, n)``, 0 elsewhere."""
+    numbers = picture_numbers(layer)
+    worth = torch.zeros(numbers.shape, device=numbers.device)
+    for picture in numbers.unique().tolist():
+        if picture >= 0:
+            row = int((numbers == picture).any(-1).nonzero()[0])
+            own = numbers[row] == picture
+            worth[row, own] = reduce(attention_of_words(layer, call, row, picture))[own]
+    return worth

@@ -18,6 +18,7 @@ METHODS = {row["id"]: registry.find(row["id"]) for row in laconic.methods() if r
 BEFORE = [name for name, cls in METHODS.items() if issubclass(cls, VisionMethod)]
 INSIDE = [name for name, cls in METHODS.items() if issubclass(cls, InsideMethod)]
 SIZED = [name for name, cls in METHODS.items() if cls.takes_budget]
+UNSIZED = {"withdraw": "threshold=1", "adatoken3d": "lost=0.4, floor=0"}  # settings that drop something
 FAMILIES = ("llava", "llava_siglip", "llava_next", "qwen2_5_vl", "gemma3")
 
 
@@ -33,7 +34,7 @@ def prepared(name: str, family: str) -> Any:
 
 
 def recipe(name: str, budget: str) -> str:
-    return f"{name}:{budget}" if METHODS[name].takes_budget else f"{name}(threshold=1)"
+    return f"{name}:{budget}" if METHODS[name].takes_budget else f"{name}({UNSIZED[name]})"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
