@@ -27,6 +27,7 @@ WORDS = (
     "bank", "bus", "cafe", "exit", "food", "gate", "hotel", "lift", "mail", "open", "park", "sale", "stop", "taxi", "way", "zoo",
 )  # fmt: skip
 TYPES = ("colour", "count", "position", "comparison", "reading", "existence")
+RADII = (14, 20, 29)  # of things, in pixels, give or take 7 %
 MOST = 4  # of one kind that are counted
 BAR = (122, 116, 104)  # what a letterboxed picture is filled up with: the mean colour of CLIP's normalisation
 
@@ -133,14 +134,14 @@ def make_scene(rng: np.random.Generator, side: int = SIDE, things: tuple[int, in
             x, y = (round(v) for v in placed)
             plate = Sign(text, (x - width // 2, y - height // 2, x - width // 2 + width, y - height // 2 + height))
     # a few kinds, so that counting has something to count
-    number = int(rng.integers(max(1, most // 2), most + 1))
+    number = int(rng.integers(2, most + 1)) if side >= SIDE else most  # in small pictures there is little to repeat
     kinds = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))) for _ in range(number)]
     found: list[Thing] = []
     for _ in range(int(rng.integers(least, most + 1))):
         shape, colour = kinds[int(rng.integers(len(kinds)))]
         if sum(t.shape == shape for t in found) >= MOST or sum(t.colour == colour for t in found) >= MOST:
             continue
-        radius = float(rng.choice([14, 20, 29]) * rng.uniform(0.93, 1.07))
+        radius = float(rng.choice(RADII) * rng.uniform(0.93, 1.07))
         at = _place(rng, side, bars, boxes, radius, radius)
         if at is not None:
             found.append(Thing(shape, colour, *at, radius, float(rng.uniform(-15, 15))))

@@ -1,7 +1,7 @@
 """Train the built-in `shapes` model: ``python -m laconic.models.train_shapes --out DIR``.
 
 The curriculum starts with pictures of 6 x 6 patches, a window of the full grid, and goes to 12 x 12 and 24 x 24 when the
-answers are right often enough, or at a quarter and at half of the time. Each scene carries several questions in one sequence,
+answers are right often enough, or at a third and at half of the time. Each scene carries several questions in one sequence,
 which see the picture and themselves but not each other. While training, small extra heads name what each patch shows and what
 the class token has seen, as pretraining would have taught; the first tenth of the time the encoder learns that alone. The heads
 are not saved. State is saved beside the model, so that a stopped run goes on.
@@ -22,19 +22,21 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from laconic.models.scenes import CELL, COLOURS, SHAPES, SIDE, TYPES, WORDS, Scene, ask, covered, make_scene
+from laconic.models.scenes import CELL, COLOURS, RADII, SHAPES, SIDE, TYPES, WORDS, Scene, ask, covered, make_scene
 from laconic.models.shapes_processor import make_processor, vocabulary
 
 SIDES = (84, 168, SIDE)  # pixels of the pictures, one size after another
 ALONE = (0.04, 0.1)  # share of the time up to which the encoder learns alone, on the first and on the second size
-UNTIL = (0.25, 0.5, 1.0)  # share of the time at which the next size begins at the latest
+UNTIL = (0.3, 0.55, 1.0)  # share of the time at which the next size begins at the latest
 PASS = 0.92  # mean share of right answers that opens the next size
 PER_SCENE = {84: 8, 168: 10, SIDE: 14}  # questions
 BATCH = {84: 64, 168: 24, SIDE: 8}  # scenes
 RATE = 1e-3
 IGNORED = -100
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
-FACTS = {"shape": len(SHAPES) + 2, "colour": len(COLOURS) + 1, "middle": 2, "word": len(WORDS) + 1, "tens": 11, "ones": 11}
+FACTS = {  # what each patch is asked: kinds of answers, 0 for none
+    "shape": len(SHAPES) + 2, "colour": len(COLOURS) + 1, "middle": 2, "size": 4, "word": len(WORDS) + 1, "tens": 11, "ones": 11,
+}  # fmt: skip
 
 
 def build_model():
@@ -172,10 +174,10 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
         for i, (tokens, question) in enumerate(zip(row, questions, strict=True)):
             end, spoken = at + len(tokens), len(question.answer.split()) + 1
             ids[r, at:end], block[r, at:end] = tokens, i
-            places_of_text[r, at:end] = np.arange(1 + n * n, 1 + n * n + len(tokens))
+            places_of_text[r, at:end] = np.arange(1 + full * full, 1 + full * full + len(tokens))
             answers[r, end - spoken - 1 : end - 1] = tokens[-spoken:]
             at = end
-    positions = np.concatenate([np.broadcast_to(np.arange(1 + n * n), (len(rows), 1 + n * n)), places_of_text], axis=1)
+    positions = np.concatenate([places, places_of_text], axis=1)  # the language model, too, sees a window of the full grid
     most = max(map(len, asked))
     types = np.array([[TYPES.index(q.type) for q in qs] + [-1] * (most - len(qs)) for qs in asked])
     facts, kinds, sign = label(scenes)
@@ -194,6 +196,7 @@ def label(scenes: list[Scene]) -> tuple[dict[str, torch.Tensor], torch.Tensor, d
             cells = covered(thing, n)
             shape, colour = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)
             facts["shape"][i][cells], facts["colour"][i][cells] = shape + 1, colour + 1
+            facts["size"][i][cells] = 1 + sum(thing.radius > 1.2 * radius for radius in RADII[:-1])
             facts["middle"][i][int(thing.y // CELL), int(thing.x // CELL)] = 1
             kinds[i, shape, colour] = 1
         plate = scene.cells("sign")

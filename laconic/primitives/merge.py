@@ -60,6 +60,8 @@ def bipartite(keys: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torc
     """
     movers, targets = among[0::2], among[1::2]
     count = min(count, len(targets))
+    if not count:
+        return movers[:0], targets[:0]
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)
     best, partner = (unit[movers] @ unit[targets].t()).max(-1)
     order = best.argsort(descending=True, stable=True)[:count]

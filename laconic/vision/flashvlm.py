@@ -60,12 +60,10 @@ class FlashVLM(VisionMethod):
     def background(self, picture: Picture, rest: torch.Tensor, k: int) -> torch.Tensor:
         """What is left of ``rest`` when the most repeated are gone, ``(k,)``."""
         keys = picture.encoded_tokens()
-        while len(rest) > k:
+        while len(rest) > max(k, 1):
             gone, _ = bipartite(keys, rest, min(STEP, len(rest) - k))
-            if not len(gone):
-                return rest[:k]
             rest = rest[~torch.isin(rest, gone)]
-        return rest
+        return rest[:k]
 
     def likeness(self, picture: Picture) -> torch.Tensor:
         """How much each token is like the words behind the picture, sharpened, 0..1: ``(n,)``."""
