@@ -1,0 +1,190 @@
+"""Methods between layers of the language model, against what the stock model's attention maps say."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vlm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import laconic
+from laconic.budget import Budget
+from laconic.vision.adatoken3d import nucleus
+from laconic.vision.corematching import overlap
+from laconic.vision.schedule import falling, mean_over_layers
+from laconic.vision.transprune import transition
+
+
+def maps(family: str, x: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The stock model's attention per layer, mean over heads, ``(batch, n, n)``."""
+    model = vlm.build(family)
+    before = [(c, c._attn_implementation) for c in (model.config, model.config.get_text_config())]
+    for config, _ in before:
+        config._attn_implementation = "eager"
+    with torch.no_grad():
+        found = [a.mean(1) for a in model(**x, output_attentions=True).attentions]
+    for config, implementation in before:
+        config._attn_implementation = implementation
+    return found
+
+
+def held(family: str, recipe: str, x: dict[str, torch.Tensor]) -> list[list[int]]:
+    """Positions in each layer's cache after the prompt of one row."""
+    with laconic.apply(vlm.build(family), recipe) as handle, torch.no_grad():
+        vlm.build(family)(**x)
+        return [[p for p in layer.positions[0, 0].tolist() if p >= 0] for layer in handle.latest.layers]
+
+
+def pictured(x: dict[str, torch.Tensor]) -> list[int]:
+    return (x["input_ids"][0] == vlm.IMAGE).nonzero()[:, 0].tolist()
+
+
+def top(scores: torch.Tensor, k: int, among: list[int]) -> list[int]:
+    return sorted(sorted(among, key=lambda i: (-round(float(scores[i]), 7), i))[:k])
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_siglip", "qwen2_vl"])
+def test_fastv_keeps_what_the_last_token_looks_at(family: str) -> None:
+    x = vlm.inputs(family, (1,))
+    image = pictured(x)
+    layers = held(family, "fastv(layers=1):20%", x)
+    k = Budget.parse("20%").tokens(len(image))
+    expected = top(maps(family, x)[0][0, -1], k, image)
+    assert layers[0] == list(range(x["input_ids"].shape[1]))
+    for positions in layers[1:]:
+        assert [p for p in positions if p in image] == expected
+        assert [p for p in positions if p not in image] == [p for p in layers[0] if p not in image]
+
+
+def test_sparsevlm_and_mustdrop_go_by_the_words_behind_the_picture() -> None:
+    x = vlm.inputs("llava", (1,))
+    image = pictured(x)
+    first = maps("llava", x)[0][0]
+    words = first[image[-1] + 1 :]
+    looks = words.amax(-1)
+    voted = words[looks >= looks.mean()].sum(0)
+    plan = falling(Budget.parse("50%"), len(image), 3, 4)
+    layers = held("llava", "sparsevlm:50%", x)
+    assert [p for p in layers[1] if p in image] == top(voted, plan[0], image)
+    ratio = torch.maximum(words.sum(0) / 0.001, words.amax(0) / 0.001)
+    layers = held("llava", "mustdrop(key_share=0, cut=false):50%", x)
+    assert [p for p in layers[1] if p in image] == top(ratio, plan[0], image)
+
+
+def test_mustdrop_never_drops_key_tokens_and_cuts_the_layers_between() -> None:
+    x = vlm.inputs("llava", (1,))
+    image = pictured(x)
+    with laconic.apply(vlm.build("llava"), "mustdrop(key_share=0.1):50%") as handle, torch.no_grad():
+        vlm.build("llava")(**x)
+        salience = handle.entry.pictures[0].salience(-1)
+        layers = [[p for p in layer.positions[0, 0].tolist() if p in image] for layer in handle.latest.layers]
+    keys = {image[i] for i in salience.argsort(descending=True, stable=True)[:7].tolist()}
+    assert keys <= set(layers[-1])
+    assert len(layers[0]) == 64 and layers[1] == layers[2]  # the second layer has forgotten what the last drop took
+
+
+def test_visiondrop_weighs_rows_and_columns() -> None:
+    x = vlm.inputs("llava", (1,))
+    image = pictured(x)
+    within = maps("llava", x)[0][0][image][:, image]
+    plan = falling(Budget.parse("50%"), len(image), 3, 4)
+    scores = torch.zeros(x["input_ids"].shape[1])
+    rows = within / within.sum(-1, keepdim=True) * torch.arange(1, len(image) + 1)[:, None]
+    scores[image] = rows.sum(0) / torch.arange(len(image), 0, -1)
+    layers = held("llava", "visiondrop:50%", x)
+    assert [p for p in layers[1] if p in image] == top(scores, plan[0], image)
+    scores[image] = within.sum(0)
+    layers = held("llava", "visiondrop(correct=false):50%", x)
+    assert [p for p in layers[1] if p in image] == top(scores, plan[0], image)
+
+
+def test_visiondrop_keeps_the_same_for_every_question() -> None:
+    kept = []
+    for question in range(3):
+        x = vlm.inputs("llava", (1,))
+        image = pictured(x)
+        x["input_ids"][0, image[-1] + 1 :] = torch.randint(5, 80, (x["input_ids"].shape[1] - image[-1] - 1,))
+        layers = held("llava", "visiondrop:40%", x)
+        kept.append([[p for p in layer if p in image] for layer in layers])
+        assert question >= 0
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_withdraw_leaves_when_nobody_looks_and_only_then() -> None:
+    x = vlm.inputs("llava", (1,))
+    image, n = pictured(x), x["input_ids"].shape[1]
+    given = maps("llava", x)[1][0, image[-1] + 1 :][:, image].sum(-1).mean()  # after the second of three layers
+    for threshold, gone in ((float(given) + 1e-4, True), (float(given) - 1e-4, False)):
+        layers = held("llava", f"withdraw(at=0.7, threshold={threshold})", x)
+        assert len(layers[0]) == len(layers[1]) == n
+        assert layers[2] == ([p for p in range(n) if p not in image] if gone else list(range(n)))
+
+
+def test_transprune_changes_by_hand() -> None:
+    request: Any = SimpleNamespace(living=None, positions=torch.tensor([[-1, 0, 1, 2]]))
+    generator = torch.Generator().manual_seed(0)
+    given_, made = (torch.randn(1, 4, 5, generator=generator) for _ in range(2))
+    change = transition(given_, made, request)[0]
+    turn = [1 - float(torch.dot(g, m) / g.norm() / m.norm()) for g, m in zip(given_[0, 1:], made[0, 1:], strict=True)]
+    share = torch.tensor(turn).softmax(0)
+    ratio = made[0, 1:].norm(dim=-1) / given_[0, 1:].norm(dim=-1)
+    torch.testing.assert_close(change[1:], ratio * share, atol=1e-5, rtol=1e-5)
+    assert float(change[0]) == 0.0
+
+
+def test_transprune_with_words_only_is_their_mean_attention() -> None:
+    x = vlm.inputs("llava", (1,))
+    image = pictured(x)
+    mean = maps("llava", x)[0][0, image[-1] + 1 :].mean(0)
+    plan = falling(Budget.parse("50%"), len(image), 3, 4)
+    layers = held("llava", "transprune(words=1.0):50%", x)
+    assert [p for p in layers[1] if p in image] == top(mean, plan[0], image)
+
+
+def test_overlap_counts_shared_core_neurons() -> None:
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(2, 7, 20, generator=generator)
+    real = torch.ones(2, 7, dtype=torch.bool)
+    real[1, :3] = False
+    found = overlap(z, real, 0.4, 0.3)
+    for row in range(2):
+        votes, tokens = torch.zeros(20), [t for t in range(7) if real[row, t]]
+        for t in tokens:
+            positive = [i for i in range(20) if z[row, t, i] > 0]
+            core = sorted(positive, key=lambda i: -float(z[row, t, i]))[: -(-len(positive) * 4 // 10)]
+            votes[core] += 1
+        sentence = sorted(range(20), key=lambda i: (-float(votes[i]), i))[:6]
+        for t in range(7):
+            expected = sum(float(z[row, t, i]) > 0 for i in sentence) if t in tokens else 0
+            assert int(found[row, t]) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=30), st.floats(0.01, 0.9))
+def test_the_nucleus_is_the_smallest_set_that_reaches_its_share(values: list[float], lost: float) -> None:
+    worth = torch.tensor(values, dtype=torch.float64)
+    chosen = nucleus(worth, lost)
+    total, count = float(worth.sum()), int(chosen.sum())
+    assert float(worth[chosen].sum()) >= (1 - lost) * total - 1e-9
+    smaller = float(worth.sort(descending=True).values[: count - 1].sum())
+    assert count == 1 or smaller < (1 - lost) * total
+    assert count >= int(nucleus(worth, min(0.99, 2 * lost)).sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 6), st.floats(0.02, 0.99))
+def test_the_schedule_meets_the_mean_or_drops_as_early_as_it_can(layers: int, stages: int, share: float) -> None:
+    n = 2880
+    plan = falling(Budget(share=share), n, layers, stages)
+    ends = sorted(plan)
+    counts = [n]
+    for layer in range(1, layers):
+        counts.append(plan.get(layer - 1, counts[-1]))
+    mean = sum(counts) / layers / n
+    assert counts == sorted(counts, reverse=True) and min(counts) >= 1
+    assert abs(mean - share) < 0.01 or (ends[0] == 0 and mean > share)
+    assert mean_over_layers(1.0, [e + 1 for e in ends], layers) == pytest.approx(1.0)
