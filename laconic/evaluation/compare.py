@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from laconic.budget import Budget
 from laconic.errors import LaconicError
 from laconic.evaluation import measure
+from laconic.evaluation.gallery import write_gallery
 from laconic.evaluation.plan import Cell, plan
 from laconic.evaluation.progress import Advance, progress_bar
 from laconic.evaluation.provenance import identify, machine
@@ -119,7 +120,7 @@ class _Run:
     def __init__(
         self, network: Any, tokenizer: Any, cells: list[Cell], work: Work, store: ResultStore, command: str
     ) -> None:
-        self.cells, self.work, self.store = cells, work, store
+        self.cells, self.work, self.store, self.reader = cells, work, store, tokenizer
         self.runner = measure.Runner(network, tokenizer)
         self.notes = [*work.notes, *store.problems, *_length_notes(network, work.items)]
         identity = store.identity
@@ -161,6 +162,8 @@ class _Run:
             raise Interrupted(self._how_to_resume()) from None
         finally:
             network.train(training)
+        if any(item.example.pictures for item in self.work.items):
+            write_gallery(self.store.directory, self.runner, self.reader, self.work.items, self.cells)
         self.header["finished"] = now()
         self.store.write_header(self.header)
         rows = [row for cell in self.cells if (row := self.store.finished(cell.key))]

@@ -16,7 +16,9 @@ from typing import Any
 from laconic.errors import LaconicError
 from laconic.evaluation.answers import pick_answers
 from laconic.evaluation.blocks import curves
+from laconic.evaluation.gallery import read_gallery
 from laconic.evaluation.heatmap import heat_maps
+from laconic.evaluation.kinds import PREFIX, kind_table, kinds_of, with_kinds
 from laconic.evaluation.quality import share_kept
 from laconic.evaluation.results import HEADER, RESULTS, read_rows, write_atomic
 from laconic.evaluation.table import figure, ratio, seconds, shortens, size
@@ -52,6 +54,7 @@ COSTS = (
     ("bytes_read", "bytes read per step", "bytes read per decode step", "bytes"),
     ("decode_s", "decode time", "decode time per token", "seconds"),
     ("peak_bytes", "peak memory", "peak memory above the weights", "bytes"),
+    ("prefill_s", "prefill time", "prefill time per prompt", "seconds"),
 )
 CHOICES = (
     ("bytes_read", "Fewest bytes read per step", size),
@@ -85,7 +88,7 @@ def write_report(directory: str | Path) -> Path:
     rows, problems = read_rows(directory / RESULTS)
     if not rows:
         raise LaconicError(f"There are no results in {directory}: run laconic compare --output {directory} first.")
-    page = render(rows, _header(directory / HEADER), problems)
+    page = render(rows, _header(directory / HEADER), problems, read_gallery(directory, rows))
     write_atomic(directory / PAGE, page.encode("utf-8", "replace").decode())  # a lone surrogate has no UTF-8
     return directory / PAGE
 
@@ -99,8 +102,12 @@ def _header(path: Path) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
-def render(rows: Sequence[Row], run: dict[str, Any], problems: Sequence[str] = ()) -> str:
-    """The page as text. ``rows`` as in results.jsonl, ``run`` as in run.json (may be empty), ``problems`` as notes."""
+def render(
+    rows: Sequence[Row], run: dict[str, Any], problems: Sequence[str] = (), gallery: Sequence[dict[str, Any]] = ()
+) -> str:
+    """The page as text. ``rows`` as in results.jsonl, ``run`` as in run.json (may be empty), ``problems`` as notes, ``gallery`` as
+    ``read_gallery`` gives it.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -117,7 +124,7 @@ def render(rows: Sequence[Row], run: dict[str, Any], problems: Sequence[str] = (
     template = environment.get_template("report.html.j2")
     # A method whose name is missing is known by its recipe.
     named = [{**row, "method": str(row.get("method") or row["recipe"])} for row in rows]
-    view = _view(named, run, problems)
+    view = {**_view(named, run, problems), "gallery": gallery}
     return template.render(**view, style=asset("report.css"), script=asset("report.js"), plotly=Markup(get_plotlyjs()))
 
 
@@ -162,6 +169,7 @@ def _view(rows: list[Row], run: dict[str, Any], problems: Sequence[str]) -> dict
         "columns": [{"key": key, "name": name, "help": text} for key, name, text, _, _ in columns],
         "lines": [_line(i, row, dense, columns, sections[row["method"]]) for i, row in enumerate(rows)],
         "heat": heat_maps(rows),
+        "kinds": kind_table(rows),
         "curves": curves(rows),
         "sections": list(sections.values()),
         "plot": _plot(rows, styles, metric),
@@ -254,6 +262,8 @@ def _plot(rows: list[Row], styles: dict[str, str], metric: str | None) -> dict[s
     """The data of the Pareto plot: axes that have values, and the points of every method."""
     ys = [("quality", METRICS.get(metric, metric), metric != "perplexity", metric == "perplexity")] if metric else []
     ys.append(("fidelity", FIDELITY, True, False))
+    rows = [with_kinds(row) for row in rows]
+    ys += [(PREFIX + kind, f"{kind} (share of right answers)", True, False) for kind in kinds_of(rows)]
     keys = [*(key for key, *_ in COSTS), *(key for key, *_ in ys)]
 
     def known(key: str) -> bool:
