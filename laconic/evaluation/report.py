@@ -105,8 +105,9 @@ def _header(path: Path) -> dict[str, Any]:
 def render(
     rows: Sequence[Row], run: dict[str, Any], problems: Sequence[str] = (), gallery: Sequence[dict[str, Any]] = ()
 ) -> str:
-    """The page as text. ``rows`` as in results.jsonl, ``run`` as in run.json (may be empty), ``problems`` as notes, ``gallery`` as
-    ``read_gallery`` gives it.
+    """The page as text: ``rows`` as in results.jsonl, ``run`` as in run.json (may be empty), ``problems`` as notes.
+
+    ``gallery``: as ``read_gallery`` gives it.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

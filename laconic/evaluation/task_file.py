@@ -12,9 +12,10 @@ from laconic.errors import LaconicError, quote
 from laconic.evaluation.examples import Example, Task
 from laconic.evaluation.metrics import TEXT_METRICS, score
 from laconic.evaluation.prompts import count_tokens
+from laconic.models.reading import open_picture
 
 METRICS = (*TEXT_METRICS, "choice")
-FIELDS = ("prompt", "context", "question", "answer", "choices", "metric", "pattern", "max_new_tokens")
+FIELDS = ("prompt", "context", "question", "answer", "choices", "metric", "pattern", "max_new_tokens", "image", "images")
 NEW_TOKENS = 32
 SPARE_TOKENS = 16
 
@@ -29,7 +30,8 @@ def read_task(path: str | Path, tokenizer: Any, samples: int | None = None) -> T
     ``prompt``, or ``context`` and ``question`` (joined to the prompt); ``question``: the end of the prompt;
     ``answer``: text or a list of texts; ``pattern``: a regular expression in its place; ``choices``: a list of texts;
     ``metric``: exact, contains, regex, choice or rouge_l, one for the whole file (by default choice where there are
-    choices, regex where there is a pattern, else contains); ``max_new_tokens``.
+    choices, regex where there is a pattern, else contains); ``max_new_tokens``; ``image``, or ``images`` as a list: paths of
+    pictures, from the folder of the file on.
 
     ``samples`` takes the first so many. Lines that cannot be used are named in ``problems`` and left out. Raises
     LaconicError for a file that is missing, unreadable, empty or without a single usable line.
@@ -46,7 +48,7 @@ def read_task(path: str | Path, tokenizer: Any, samples: int | None = None) -> T
         try:
             fields = _parse(raw)
             problems += [f"line {number}: {hint}" for hint in _misspelt(fields)]
-            example, own = _example(fields, tokenizer, number)
+            example, own = _example(fields, tokenizer, number, path.parent)
             if own and metric and own != metric:
                 raise _Broken(f"its metric is {own}, that of the lines before is {metric}; use one per file")
         except _Broken as problem:
@@ -153,7 +155,26 @@ def _metric(fields: dict[str, Any], answers: list[str] | None, pattern: str | No
     return metric or ("choice" if fields.get("choices") else "contains")
 
 
-def _example(fields: dict[str, Any], tokenizer: Any, number: int) -> tuple[Example, str | None]:
+def _pictures(fields: dict[str, Any], folder: Path) -> tuple[Path, ...]:
+    """Paths of a line's pictures, which have to be there and to be pictures."""
+    if "image" in fields and "images" in fields:
+        raise _Broken("both 'image' and 'images': use one of them")
+    given = fields.get("images", fields.get("image"))
+    given = given if isinstance(given, list) else [] if given is None else [given]
+    paths = []
+    for entry in given:
+        if not isinstance(entry, str) or not entry.strip():
+            raise _Broken("'image' is no path of a picture")
+        path = folder / entry
+        try:
+            open_picture(path)
+        except LaconicError as error:
+            raise _Broken(str(error).rstrip(".")) from None
+        paths.append(path)
+    return tuple(paths)
+
+
+def _example(fields: dict[str, Any], tokenizer: Any, number: int, folder: Path) -> tuple[Example, str | None]:
     """The example of a line, and its metric (None if nothing says what is right)."""
     prompt, question = _prompt(fields)
     pattern, answers, choices = _text(fields, "pattern"), _texts(fields, "answer"), _texts(fields, "choices")
@@ -178,4 +199,5 @@ def _example(fields: dict[str, Any], tokenizer: Any, number: int) -> tuple[Examp
         raise _Broken("'max_new_tokens' is not a whole number of 1 or more")
     answer = answers[0] if answers and len(answers) == 1 else answers
     length = count_tokens(tokenizer, prompt)
-    return Example(prompt, answer, choices, question, limit, {"line": number, "length": length}), metric
+    meta = {"line": number, "length": length}
+    return Example(prompt, answer, choices, question, limit, meta, pictures=_pictures(fields, folder)), metric

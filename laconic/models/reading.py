@@ -26,10 +26,8 @@ def sees(reader: Any) -> bool:
 
 def open_picture(picture: Any) -> Image:
     """An RGB picture from a path, a Pillow image, or anything that can ``render()`` one."""
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError:
-        raise LaconicError("Pictures need Pillow: pip install 'laconic[vision]'.") from None
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     if hasattr(picture, "render"):
         return picture.render()
     if isinstance(picture, Image.Image):

@@ -10,7 +10,9 @@ import pytest
 from laconic.errors import LaconicError
 from laconic.evaluation.picture_tasks import TASKS
 from laconic.evaluation.tasks import load_task
+from laconic.models.reading import read
 from laconic.models.scenes import BAR, CELL, COLOURS, SHAPES, TYPES, Scene, ask, make_scene, plural
+from laconic.models.shapes_processor import make_processor, make_tokenizer
 
 
 def answer(scene: Scene, text: str, kind: str) -> str:
@@ -82,3 +84,41 @@ def test_no_answer_is_right_most_of_the_time() -> None:
 def test_lengths_are_refused() -> None:
     with pytest.raises(LaconicError, match="pictures"):
         load_task("shapes_vqa", None, lengths=[1024])
+
+
+def test_a_file_of_ones_own_pictures(tmp_path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    lines = [
+        '{"prompt": "what colour ?", "image": "a.png", "answer": "red"}',
+        '{"prompt": "which is larger ?", "images": ["a.png", "a.png"]}',
+        '{"prompt": "broken ?", "image": "bad.png"}',
+        '{"prompt": "gone ?", "image": "b.png"}',
+        '{"prompt": "no path ?", "image": 3}',
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    task = load_task(str(tmp_path / "mine.jsonl"), make_tokenizer())
+    assert [len(e.pictures) for e in task.examples] == [1, 2] and task.examples[0].answer == "red"
+    assert ["line 3" in task.problems[0], "line 4" in task.problems[1], "line 5" in task.problems[2]] == [True] * 3
+    assert "cannot be read" in task.problems[0] and "no picture" in task.problems[1].lower()
+
+
+def test_reading_prompts_with_pictures(tmp_path) -> None:
+    from PIL import Image
+
+    processor, picture = make_processor(), Image.new("RGB", (50, 20), "blue")
+    inputs = read(processor, "what colour is the star ?", [picture])
+    mark = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert int((inputs["input_ids"] == mark).sum()) == 576 and inputs["pixel_values"].shape == (1, 3, 336, 336)
+    marked = read(processor, "<image> what colour is the star ?", [picture])
+    assert marked["input_ids"].tolist() == inputs["input_ids"].tolist()
+    with pytest.raises(LaconicError, match="2 marks <image> for 1 pictures"):
+        read(processor, "<image> <image> what ?", [picture])
+    with pytest.raises(LaconicError, match="reads text only"):
+        read(processor.tokenizer, "what ?", [picture])
+    with pytest.raises(LaconicError, match="no picture"):
+        read(processor, "what ?", [tmp_path / "none.png"])
+    with pytest.raises(LaconicError, match="no pixels"):
+        read(processor, "what ?", [Image.new("RGB", (0, 5))])
