@@ -512,7 +512,7 @@ def profile(
     method: Annotated[str, typer.Argument(help="A method that needs calibration (see laconic methods).")],
     model: Model = "needle",
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("profile.json"),
-    task: Annotated[str, typer.Option("--task", "-t", help="Prompts, as in laconic compare: a name, or FILE.jsonl")] = "needle",
+    task: Annotated[str | None, typer.Option("--task", "-t", help="Prompts, as in compare: a name, or FILE.jsonl")] = None,
     text: Annotated[Path | None, typer.Option("--text", help="Stretches of a UTF-8 text instead.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=64, help="Length of each sample.")] = 1024,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to calibrate on.")] = 8,
@@ -533,16 +533,23 @@ def profile(
       laconic profile fasa --model PATH_OR_HUB_ID --output fasa.json
       laconic profile dhsa --model PATH_OR_HUB_ID --samples 16 --output dhsa.json
       laconic profile zerotuning --model PATH_OR_HUB_ID --task mine.jsonl --samples 40 --output zt.json
+      laconic profile attention_debias --model shapes --samples 40 --output debias.json
       laconic compare --model PATH_OR_HUB_ID --methods "fasa(profile=fasa.json)" --budgets 10%
     """
     from dataclasses import asdict
 
-    from laconic.evaluation.calibration import calibration_texts
-    from laconic.evaluation.workload import open_model
+    from laconic.evaluation.calibration import calibration_pictures, calibration_texts
+    from laconic.evaluation.workload import default_task, open_model
     from laconic.profiles import make_profile
+    from laconic.registry import find
 
+    on_pictures = getattr(find(method), "calibrates_on", "texts") == "pictures"
     network, tokenizer, _ = open_model(model, device, dtype)
-    texts, answers = calibration_texts(tokenizer, text, task, tokens, samples, seed)
+    task = task or default_task(tokenizer)
+    if on_pictures:
+        texts, answers = calibration_pictures(tokenizer, task, samples, seed), None
+    else:
+        texts, answers = calibration_texts(tokenizer, text, task, tokens, samples, seed)
     made = make_profile(method, network, texts, seed, answers)
     made.save(output)
     if as_json:

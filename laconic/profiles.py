@@ -3,7 +3,8 @@
 A method that needs one says ``needs = "calibration"``, has a parameter ``profile`` (a path; empty for the one that comes with a
 built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON; one that learns from right
 answers takes ``answers=None`` too, one that draws random numbers ``seed``. ``find_profile`` gives the tables back, and refuses
-those of another model in one sentence that names the command which makes them.
+those of another model in one sentence that names the command which makes them. Where ``calibrates_on`` is "pictures", the texts
+are the inputs of prompts with pictures, one dict of tensors each.
 """
 
 from __future__ import annotations
@@ -82,11 +83,14 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
 def make_profile(
     method: str,
     model: torch.nn.Module,
-    texts: Sequence[torch.Tensor],
+    texts: Sequence[torch.Tensor | dict[str, torch.Tensor]],
     seed: int,
     answers: Sequence[torch.Tensor] | None = None,
 ) -> Profile:
-    """Calibrates ``method`` on token ids, one 1-D tensor per text; on right ``answers`` to them, where it learns from such."""
+    """Calibrates ``method`` on token ids, one 1-D tensor per text; on right ``answers`` to them, where it learns from such.
+
+    A method that calibrates on pictures gets the inputs of a prompt, a dict, in the place of its token ids.
+    """
     from laconic.registry import find
 
     cls = find(method)
@@ -94,7 +98,7 @@ def make_profile(
         raise LaconicError(f"{method} needs no profile: use it as it is.")
     taken = inspect.signature(cls.calibrate).parameters
     options = {k: v for k, v in {"answers": answers, "seed": seed}.items() if v is not None and k in taken}
-    used = [*texts, *options.get("answers", [])]
+    used = [*(t["input_ids"].flatten() if isinstance(t, dict) else t for t in texts), *options.get("answers", [])]
     data = hashlib.sha256(b"".join(ids.to(torch.int64).numpy().tobytes() for ids in used)).hexdigest()[:16]
     return Profile(method, fingerprint(model), seed, data, cls.calibrate(model, texts, **options))
 

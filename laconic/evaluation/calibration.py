@@ -11,6 +11,7 @@ from laconic.errors import LaconicError
 from laconic.evaluation.examples import Example
 from laconic.evaluation.haystack import read_text, reference_text
 from laconic.evaluation.tasks import load_task
+from laconic.models.reading import read, sees, text_side
 
 
 def text_samples(tokenizer: Any, text: Path | None, tokens: int, samples: int) -> list[torch.Tensor]:
@@ -26,6 +27,17 @@ def text_samples(tokenizer: Any, text: Path | None, tokens: int, samples: int) -
     if int(ids[0]) == tokenizer.bos_token_id:
         stretches[1:] = [torch.cat([ids[:1], stretch[:-1]]) for stretch in stretches[1:]]
     return stretches
+
+
+def calibration_pictures(reader: Any, task: str, samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """The inputs of the prompts of a task that shows pictures."""
+    if not sees(reader):
+        raise LaconicError("This method calibrates on pictures, and the model reads text only: use --model shapes.")
+    made = load_task(task, text_side(reader), samples=samples, seed=seed)
+    examples = [example for example in made.examples if example.pictures]
+    if not examples:
+        raise LaconicError(f"The task {task} shows no pictures: use shapes_vqa, or a JSONL file with 'image' in its lines.")
+    return [read(reader, example.prompt, example.pictures) for example in examples]
 
 
 def calibration_texts(

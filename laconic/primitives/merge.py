@@ -50,6 +50,25 @@ def join_nearest(keys: torch.Tensor, targets: torch.Tensor, movers: torch.Tensor
     return targets[(unit[movers] @ unit[targets].t()).argmax(-1)]
 
 
+def kmeans(features: torch.Tensor, count: int, iterations: int = 10, seed: int = 0) -> torch.Tensor:
+    """Clusters of directions: the number of each row's cluster, int64 ``(n,)``, by k-means on the unit sphere from ``seed``.
+
+    A centre that loses all its members moves to the row that is farthest from its own centre.
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    count = min(count, len(unit))
+    start = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[:count].to(unit.device)
+    centres = unit[start]
+    for _ in range(iterations):
+        likeness, member = (unit @ centres.t()).max(-1)
+        sums = torch.zeros_like(centres).index_add_(0, member, unit)
+        empty = torch.bincount(member, minlength=count) == 0
+        lonely = likeness.argsort()[: int(empty.sum())]
+        sums[empty] = unit[lonely]
+        centres = torch.nn.functional.normalize(sums, dim=-1)
+    return (unit @ centres.t()).argmax(-1)
+
+
 def bipartite(keys: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Bipartite soft matching (Token Merging, 2022): of every second token of ``among`` (c,) the ``count`` that are most like one
     of the others.

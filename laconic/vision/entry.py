@@ -42,6 +42,7 @@ class Entry:
         self._fresh = False  # whether the encoder has looked at pictures that no forward has taken in yet
         self._encoded: torch.Tensor | None = None
         self._watching = False
+        self._pixels: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
         depth = len(find_blocks(self.eyes.tower))
         self._wants = frozenset(want for method in methods for want in method.wants(depth))
@@ -104,6 +105,8 @@ class Entry:
             self._watching = False
             self._trace.stop()
         self.seen = look(self.eyes, output, {**self._arguments, **given})
+        pixels = given.get("pixel_values")
+        self._pixels = pixels.flatten(0, -4) if isinstance(pixels, torch.Tensor) and pixels.dim() > 3 else None
         self._fresh = True
         return output
 
@@ -174,10 +177,17 @@ class Entry:
                     features=embeddings[row, slots], layout=seen.layouts[i], text=embeddings[row, words],
                     text_ids=ids[row, words], after=words > slots[-1], trace=self._trace, encoded=self._encoded,
                     first=seen.firsts[i], window=seen.windows[i], order=seen.orders[i], number=len(pictures),
-                    projector=self.eyes.projector,
+                    projector=self.eyes.projector, pixels=self._pixels_of(seen, i),
                 )
             )  # fmt: skip
         return pictures
+
+    def _pixels_of(self, seen: Seen, i: int) -> torch.Tensor | None:
+        """Pixels of one picture's crops; None where the encoder was given patches, or crops that are no pictures lie between."""
+        count = sum(len(layout.shapes) for layout in seen.layouts)
+        if self._pixels is None or seen.windows[i] is not None or len(self._pixels) != count:
+            return None
+        return self._pixels[seen.firsts[i] : seen.firsts[i] + len(seen.layouts[i].shapes)]
 
     def _take(self, kwargs: dict[str, Any], stays: torch.Tensor) -> dict[str, Any]:
         """Only the rows that stay, padded on the left; tells the cache which they are."""

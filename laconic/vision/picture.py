@@ -71,6 +71,7 @@ class Picture:
         first: number of this picture's first crop among those that the encoder saw.
         window: where the encoder works on one row of all patches, this picture's (first, last + 1).
         number: of the picture in the forward; projector: what makes tokens of the encoder's features.
+        pixels: ``(crops, 3, height, width)`` as the encoder was given them, where it was given a grid of them.
         order: where the encoder has its patches in another order than the layout's cells, the place of each cell's patches.
     """
 
@@ -85,12 +86,22 @@ class Picture:
     window: tuple[int, int] | None = None
     order: torch.Tensor | None = None
     number: int = 0
+    pixels: torch.Tensor | None = None
     projector: Any = None
 
     @functools.cached_property
     def cells(self) -> torch.Tensor:
         """Tokens that compete: all but separators, int64 ``(c,)`` ascending."""
         return (~self.layout.separators).nonzero()[:, 0]
+
+    def padding(self) -> torch.Tensor:
+        """Tokens that show only padding, boolean ``(n,)``: bars of one colour along the edges; none without pixels."""
+        gone = torch.zeros(len(self.layout), dtype=torch.bool, device=self.features.device)
+        for crop in range(len(self.layout.shapes)) if self.pixels is not None else ():
+            bars = bar_cells(self.pixels[crop].float(), *self.layout.shapes[crop])
+            here = self.layout.crop == crop
+            gone[here.to(gone.device)] = bars[self.layout.row[here], self.layout.column[here]].to(gone.device)
+        return gone
 
     def cls(self, layer: int = -2) -> torch.Tensor:
         """Attention of the class token, float32 ``(n,)``: the sum over the patches of a token; 0 for separators."""
@@ -168,6 +179,26 @@ class Picture:
         result = pooled[self.layout.index.to(pooled.device)]
         result = result.masked_fill(self.layout.separators.to(pooled.device)[:, None], 0.0)
         return result[:, 0] if values.dim() == 2 else result
+
+
+def bar_cells(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Cells that lie in a bar of one colour along an edge, boolean ``(height, width)``, of ``pixels`` (3, rows, columns)."""
+    found = torch.zeros(height, width, dtype=torch.bool)
+    for dim, count in ((1, height), (2, width)):
+        lines = pixels.movedim(dim, 0).flatten(1)  # one row per line of pixels
+        size = lines.shape[0] // count
+        for step in (1, -1):
+            edge = lines[0 if step == 1 else -1]
+            colour = edge.view(3, -1)[:, :1].expand(3, edge.numel() // 3).flatten()
+            same = (lines - colour).abs().amax(-1) < 1e-4
+            same = same if step == 1 else same.flip(0)
+            run = int((~same).nonzero()[0]) if bool((~same).any()) else len(same)
+            cells = slice(0, run // size) if step == 1 else slice(count - run // size, count)
+            if dim == 1:
+                found[cells] = True
+            else:
+                found[:, cells] = True
+    return found if not bool(found.all()) else torch.zeros_like(found)
 
 
 def pool_cells(patches: torch.Tensor, height: int, width: int, how: str) -> torch.Tensor:
