@@ -122,7 +122,7 @@ def covered(thing: Thing, n: int) -> np.ndarray:
 
 def make_scene(rng: np.random.Generator, side: int = SIDE, things: tuple[int, int] | None = None, sign: float = 0.75) -> Scene:
     """A random scene. ``things``: least and most shapes; by default as many as fit comfortably; ``sign``: chance of a sign."""
-    least, most = things or ((2, 8) if side >= SIDE else (2, 5) if side >= SIDE // 2 else (2, 3))
+    least, most = things or (2, 8 if side >= SIDE else 5 if side >= SIDE // 2 else 3)
     bars = _bars(rng, side)
     boxes: list[tuple[float, float, float, float]] = []
     plate = None
@@ -134,7 +134,7 @@ def make_scene(rng: np.random.Generator, side: int = SIDE, things: tuple[int, in
             x, y = (round(v) for v in placed)
             plate = Sign(text, (x - width // 2, y - height // 2, x - width // 2 + width, y - height // 2 + height))
     # a few kinds, so that counting has something to count
-    number = int(rng.integers(2, most + 1)) if side >= SIDE else most  # in small pictures there is little to repeat
+    number = most if most < 4 else int(rng.integers(2, most + 1))  # where there are few things, they are different ones
     kinds = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))) for _ in range(number)]
     found: list[Thing] = []
     for _ in range(int(rng.integers(least, most + 1))):

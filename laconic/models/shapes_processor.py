@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 SPOKEN = (
     "what how many which is are there the a an or of on left right above below larger smaller colour color shapes sign number "
-    "word yes no , . ? !"
+    "word yes no"
 )
 
 
@@ -23,13 +23,19 @@ def vocabulary() -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cased words, punctuation and single digits; a sequence begins with ``<bos>``. Pads on the left."""
+    """Lower-cased words and single digits, no punctuation; a sequence begins with ``<bos>``. Pads on the left."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     numbers = {token: i for i, token in enumerate(vocabulary())}
     core = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\bcolor\b"), "colour")])
+    core.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\bcolor\b"), "colour"),
+            normalizers.Replace(Regex(r"[?.,!:;]"), " "),  # a question ends with what it asks for: quick to learn
+        ]
+    )
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)])
     core.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A $B", [("<bos>", numbers["<bos>"])])
     core.decoder = decoders.WordPiece(prefix="##", cleanup=False)

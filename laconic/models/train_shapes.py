@@ -1,10 +1,10 @@
 """Train the built-in `shapes` model: ``python -m laconic.models.train_shapes --out DIR``.
 
-The curriculum starts with pictures of 6 x 6 patches, a window of the full grid, and goes to 12 x 12 and 24 x 24 when the
-answers are right often enough, or at a third and at half of the time. Each scene carries several questions in one sequence,
-which see the picture and themselves but not each other. While training, small extra heads name what each patch shows and what
-the class token has seen, as pretraining would have taught; the first tenth of the time the encoder learns that alone. The heads
-are not saved. State is saved beside the model, so that a stopped run goes on.
+The curriculum starts with few things in pictures of 6 x 6 patches, a window of the full grid, and goes to 24 x 24 and more
+things in steps, each when colours are named right: with larger steps, attention that is spread over all patches stays spread.
+Each scene carries several questions in one sequence, which see the picture and themselves but not each other. While training,
+small extra heads name what each patch shows and what the class token has seen, as pretraining would have taught; the first tenth
+of the time the encoder learns that alone. The heads are not saved; state is, beside the model, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from laconic.models.scenes import CELL, COLOURS, RADII, SHAPES, SIDE, TYPES, WORDS, Scene, ask, covered, make_scene
 from laconic.models.shapes_processor import make_processor, vocabulary
 
-SIDES = (84, 168, SIDE)  # pixels of the pictures, one size after another
-ALONE = (0.04, 0.1)  # share of the time up to which the encoder learns alone, on the first and on the second size
-UNTIL = (0.3, 0.55, 1.0)  # share of the time at which the next size begins at the latest
-PASS = 0.92  # mean share of right answers that opens the next size
-PER_SCENE = {84: 8, 168: 10, SIDE: 14}  # questions
-BATCH = {84: 64, 168: 24, SIDE: 8}  # scenes
+# pixels of the pictures and the most things in them, one stage after another: first the ground grows, then what stands on it
+STAGES = ((84, 3), (112, 3), (140, 3), (168, 3), (168, 5), (224, 5), (280, 6), (SIDE, 8))
+ALONE = (0.04, 0.1)  # share of the time up to which the encoder learns alone, on pictures of 84 and of 168 pixels
+PASS = 0.85  # share of colours named right that opens the next stage: then things are found by their shapes
+LATEST = 0.6  # share of the time by which the last stage begins in any case
+PER_SCENE = 8  # questions
+PATCHES = 2304  # in a batch, about
 RATE = 1e-3
 IGNORED = -100
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
@@ -129,30 +130,31 @@ class SceneMaker:
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.tokenizer = make_processor().tokenizer
-        self.side = SIDES[0]
+        self.stage = STAGES[0]
         self._ready: queue.Queue = queue.Queue(maxsize=4)
         threading.Thread(target=self._work, daemon=True).start()
 
-    def batch(self, side: int) -> Batch:
-        """The next batch of pictures of ``side`` pixels."""
-        self.side = side
+    def batch(self, stage: tuple[int, int]) -> Batch:
+        """The next batch of pictures of a stage: pixels of a side and the most things."""
+        self.stage = stage
         while True:
-            batch = self._ready.get()
-            if batch.pixels.shape[-1] == side:
+            made, batch = self._ready.get()
+            if made == stage:
                 return batch
 
     def _work(self) -> None:
         while True:
-            self._ready.put(self._make(self.side))
+            stage = self.stage
+            self._ready.put((stage, self._make(*stage)))
 
-    def _make(self, side: int) -> Batch:
+    def _make(self, side: int, most: int) -> Batch:
         scenes, asked = [], []
-        while len(scenes) < BATCH[side]:
-            scene = make_scene(self.rng, side)
-            questions = [q for i in range(2 * PER_SCENE[side]) if (q := ask(scene, self.rng, TYPES[i % len(TYPES)]))]
-            if len(questions) >= 4:
+        while len(scenes) < max(4, PATCHES // (side // CELL) ** 2):
+            scene = make_scene(self.rng, side, (2, most))
+            questions = [q for i in range(2 * PER_SCENE) if (q := ask(scene, self.rng, TYPES[i % len(TYPES)]))]
+            if len(questions) >= 3:
                 scenes.append(scene)
-                asked.append(list(dict.fromkeys(questions))[: PER_SCENE[side]])
+                asked.append(list(dict.fromkeys(questions))[:PER_SCENE])
         return assemble(scenes, asked, self.tokenizer, self.rng)
 
 
@@ -268,7 +270,7 @@ def train(out: Path, minutes: float, seed: int) -> None:
     heads = Heads(model.config.vision_config.hidden_size)
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    state = {"step": 0, "side": SIDES[0], "elapsed": 0.0, "scenes": 0}
+    state = {"step": 0, "stage": 0, "elapsed": 0.0, "scenes": 0}
     if (out / "resume.pt").exists():
         saved = torch.load(out / "resume.pt")
         for part, name in ((model, "model"), (heads, "heads"), (optimizer, "optimizer")):
@@ -288,14 +290,17 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
         for group in optimizer.param_groups:
             group["lr"] = rate
         alone = share < ALONE[1]
-        batch = maker.batch(SIDES[share >= ALONE[0]] if alone else state["side"])
+        stage = state["stage"]
+        if state["step"] % 4 == 3 and stage:  # what was learned on smaller pictures is kept in practice
+            stage = int(maker.rng.integers(stage))
+        batch = maker.batch(STAGES[0 if share < ALONE[0] else 4] if alone else STAGES[stage])
         optimizer.zero_grad(set_to_none=True)
         if alone:
             loss, extra = torch.zeros(()), heads.losses(*encode(model, batch), batch)
         else:
             loss, extra, correct = losses(model, heads, batch)
-            for i, name in enumerate(TYPES):
-                right[name] = [*right[name], *correct[batch.types == i]][-400:]
+            for i, name in enumerate(TYPES) if stage == state["stage"] else ():
+                right[name] = [*right[name], *correct[batch.types == i]][-300:]
         (loss + 0.3 * extra).backward()
         for part in (model.model.vision_tower, model.model.language_model):  # neither drowns the other
             torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
@@ -304,14 +309,13 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
         means = {name: float(np.mean(values)) for name, values in right.items() if values}
         if state["step"] % 25 == 0:
             said = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
-            at = f"{state['elapsed']:6.0f} s  step {state['step']}  side {state['side']}  scenes {state['scenes']}"
+            at = f"{state['elapsed']:6.0f} s  step {state['step']}  stage {STAGES[state['stage']]}  scenes {state['scenes']}"
             print(f"{at}  loss {loss.item():.3f}  extra {extra.item():.3f}  {said}", flush=True)
-        stage = SIDES.index(state["side"])
-        known = len(right) == len(TYPES) and min(map(len, right.values())) == 400 and np.mean(list(means.values())) > PASS
-        passed = state["side"] != SIDE and (share > UNTIL[stage] or known)
+        late = share > LATEST * (state["stage"] + 1) / (len(STAGES) - 1)
+        passed = state["stage"] + 1 < len(STAGES) and (late or (len(right["colour"]) >= 200 and means["colour"] > PASS))
         if passed:
-            print(f"{state['elapsed']:6.0f} s  step {state['step']}  passed {state['side']} pixels", flush=True)
-            state["side"] = SIDES[stage + 1]
+            print(f"{state['elapsed']:6.0f} s  step {state['step']}  passed {STAGES[state['stage']]}", flush=True)
+            state["stage"] += 1
             right.clear()
         if passed or time.time() - last_save > 120:
             save(model, heads, optimizer, out, state)

@@ -22,6 +22,12 @@ UNSIZED = {"withdraw": "threshold=1", "adatoken3d": "lost=0.4, floor=0"}  # sett
 FAMILIES = ("llava", "llava_siglip", "llava_next", "qwen2_5_vl", "gemma3")
 
 
+@pytest.fixture(autouse=True)
+def profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trend for methods that need one."""
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: {"slope": [0.7] * 4, "height": [1.0] * 4})
+
+
 def prepared(name: str, family: str) -> Any:
     """The model, unless the method says in a sentence that it cannot work there."""
     model = vlm.build(family)
