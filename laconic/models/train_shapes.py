@@ -1,6 +1,6 @@
 """Train the built-in `shapes` model: ``python -m laconic.models.train_shapes --out DIR``.
 
-The curriculum starts with few things in pictures of 6 x 6 patches, a window of the full grid, and goes to 24 x 24 and more
+The curriculum starts with few things in pictures of 4 x 4 patches, a window of the full grid, and goes to 24 x 24 and more
 things in steps, each when colours are named right: with larger steps, attention that is spread over all patches stays spread.
 Each scene carries several questions in one sequence, which see the picture and themselves but not each other. While training,
 small extra heads name what each patch shows and what the class token has seen, as pretraining would have taught; the first tenth
@@ -26,12 +26,13 @@ from laconic.models.scenes import CELL, COLOURS, RADII, SHAPES, SIDE, TYPES, WOR
 from laconic.models.shapes_processor import make_processor, vocabulary
 
 # pixels of the pictures and the most things in them, one stage after another: first the ground grows, then what stands on it
-STAGES = ((84, 3), (112, 3), (140, 3), (168, 3), (168, 5), (224, 5), (280, 6), (SIDE, 8))
+STAGES = ((56, 2), (84, 3), (112, 3), (140, 4), (168, 5), (224, 5), (280, 6), (SIDE, 8))
 ALONE = (0.04, 0.1)  # share of the time up to which the encoder learns alone, on pictures of 84 and of 168 pixels
-PASS = 0.85  # share of colours named right that opens the next stage: then things are found by their shapes
-LATEST = 0.6  # share of the time by which the last stage begins in any case
+PASS = 0.9  # share of colours named right that opens the next stage: then things are found by their shapes
+LATEST = 0.7  # share of the time by which the last stage begins in any case
 PER_SCENE = 8  # questions
 PATCHES = 2304  # in a batch, about
+MOST = 64  # scenes in a batch
 RATE = 1e-3
 IGNORED = -100
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
@@ -51,7 +52,8 @@ def build_model():
     names = vocabulary()
     text = LlamaConfig(
         vocab_size=len(names), hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.09, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, initializer_range=0.09, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # so that most dimensions tell what, not where
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config = LlavaConfig(
@@ -149,7 +151,7 @@ class SceneMaker:
 
     def _make(self, side: int, most: int) -> Batch:
         scenes, asked = [], []
-        while len(scenes) < max(4, PATCHES // (side // CELL) ** 2):
+        while len(scenes) < min(MOST, max(4, PATCHES // (side // CELL) ** 2)):
             scene = make_scene(self.rng, side, (2, most))
             questions = [q for i in range(2 * PER_SCENE) if (q := ask(scene, self.rng, TYPES[i % len(TYPES)]))]
             if len(questions) >= 3:
@@ -293,7 +295,7 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
         stage = state["stage"]
         if state["step"] % 4 == 3 and stage:  # what was learned on smaller pictures is kept in practice
             stage = int(maker.rng.integers(stage))
-        batch = maker.batch(STAGES[0 if share < ALONE[0] else 4] if alone else STAGES[stage])
+        batch = maker.batch(STAGES[1 if share < ALONE[0] else 4] if alone else STAGES[stage])
         optimizer.zero_grad(set_to_none=True)
         if alone:
             loss, extra = torch.zeros(()), heads.losses(*encode(model, batch), batch)
@@ -311,7 +313,7 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
             said = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
             at = f"{state['elapsed']:6.0f} s  step {state['step']}  stage {STAGES[state['stage']]}  scenes {state['scenes']}"
             print(f"{at}  loss {loss.item():.3f}  extra {extra.item():.3f}  {said}", flush=True)
-        late = share > LATEST * (state["stage"] + 1) / (len(STAGES) - 1)
+        late = share > ALONE[1] + (LATEST - ALONE[1]) * (state["stage"] + 1) / (len(STAGES) - 1)
         passed = state["stage"] + 1 < len(STAGES) and (late or (len(right["colour"]) >= 200 and means["colour"] > PASS))
         if passed:
             print(f"{state['elapsed']:6.0f} s  step {state['step']}  passed {STAGES[state['stage']]}", flush=True)
