@@ -1,5 +1,10 @@
-"""The greedy choice on the CPU: gains only fall as more is picked, so an old gain is a bound, and most tokens are never
-compared with most picks. (Minoux, 1978, for submodular functions; the rule of the largest similarity allows it as well.)"""
+"""The greedy choice on the CPU.
+
+Where gains only fall as more is picked, an old gain is a bound, and most tokens are never compared with most picks (Minoux,
+1978, for submodular functions; the rule of the largest similarity allows it as well). Coverage is submodular too, but its gains
+are often so even that a bound excludes nobody. There the t-th pick raises what is covered for only about one thing in t, and
+only those things change gains.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,9 @@ import torch
 from laconic.kernels import reference_greedy
 from laconic.kernels.cpu_common import NEGATIVE, as_float, jit, numbers, use_threads
 
-MAX, DISTANCE, COVERAGE, DETERMINANT = range(4)
-_CODES = {"max": MAX, "distance": DISTANCE, "coverage": COVERAGE, "determinant": DETERMINANT}
+MAX, DISTANCE, DETERMINANT = range(3)
+_CODES = {"max": MAX, "distance": DISTANCE, "determinant": DETERMINANT}
+_NOTHING = 1e-9  # of what a token covers alone: the rounding of many sums
 _EXHAUSTED = np.float32(reference_greedy.EXHAUSTED)
 
 
@@ -29,16 +35,6 @@ def _distance(a, b):
     for j in range(a.shape[0]):
         step = as_float(a[j]) - as_float(b[j])
         total += step * step
-    return total
-
-
-@jit()
-def _beyond(row, cover):
-    """How much of ``row`` lies above ``cover``."""
-    total = np.float32(0.0)
-    for j in range(cover.shape[0]):
-        more = as_float(row[j]) - cover[j]
-        total += more if more > 0 else np.float32(0.0)
     return total
 
 
@@ -67,18 +63,13 @@ def _tournament(bound):
 
 
 @jit()
-def _open(rule, rows, weight, offset, usable, scale, cover):
+def _open(rule, rows, weight, offset, usable, scale):
     """Gains with nothing picked, and -inf after them; ``scale`` becomes the factor that makes a row as long as its weight."""
     n = weight.shape[0]
     bound = np.full(n + 1, NEGATIVE, np.float32)
     for i in range(n):
         if usable[i]:
-            if rule == COVERAGE:
-                bound[i] = weight[i] * _beyond(rows[i], cover)
-            elif rule == DETERMINANT:
-                bound[i] = weight[i] * weight[i]
-            else:
-                bound[i] = offset[i]
+            bound[i] = weight[i] * weight[i] if rule == DETERMINANT else offset[i]
             if rule in (MAX, DETERMINANT):
                 length = np.sqrt(_dot(rows[i], rows[i]))
                 scale[i] = np.float32(1.0) / max(length, np.float32(1e-12))
@@ -119,20 +110,15 @@ def _lazy(rule, rows, weight, offset, usable, seed, order):
     """Fills ``order`` with tokens of ``rows`` (n, d). seen[i] is how many of the picks bound[i] takes into account."""
     n, count = weight.shape[0], order.shape[0]
     scale, similarity = np.empty(n, np.float32), np.full(n, NEGATIVE, np.float32)
-    cover = np.zeros(rows.shape[1] if rule == COVERAGE else 0, np.float32)
     factor = np.empty((n if rule == DETERMINANT else 0, count), np.float32)
     pivots, seen = np.empty(count, np.float32), np.zeros(n, np.int64)
-    bound = _open(rule, rows, weight, offset, usable, scale, cover)
+    bound = _open(rule, rows, weight, offset, usable, scale)
     tree = _tournament(bound)
     for t in range(count):
         i = seed if t == 0 and seed >= 0 else tree[1]
         while seen[i] < t:
             old = bound[i]
             while seen[i] < t and bound[i] == old:  # as long as it is sure to be looked at next
-                if rule == COVERAGE:
-                    bound[i] = weight[i] * _beyond(rows[i], cover)
-                    seen[i] = t
-                    continue
                 j = order[seen[i]]
                 if rule == DETERMINANT:
                     bound[i] = _residual(rows, weight, scale, factor, pivots, i, j, seen[i], bound[i])
@@ -143,9 +129,6 @@ def _lazy(rule, rows, weight, offset, usable, seed, order):
             _play(tree, bound, i)
             i = tree[1]
         order[t], pivots[t], bound[i] = i, bound[i], NEGATIVE
-        if rule == COVERAGE:
-            for j in range(cover.shape[0]):
-                cover[j] = max(cover[j], as_float(rows[i, j]))
         if t == 0:
             _after_first(rule, bound)
             tree = _tournament(bound)
@@ -159,12 +142,58 @@ def _lazy_rows(rule, rows, weight, offset, usable, seeds, counts, order):
         _lazy(rule, rows[b], weight[b], offset[b], usable[b], seeds[b], order[b, : counts[b]])
 
 
+@jit()
+def _add_excess(row, low, high, sign, gain):
+    """gain += sign * how much of ``row`` lies between ``low`` and ``high``."""
+    for i in range(row.shape[0]):
+        value = np.float64(as_float(row[i]))
+        value = (value if value < high else high) - low
+        gain[i] += sign * (value if value > 0 else 0.0)
+
+
+@jit()
+def _cover(things, weight, usable, seed, order):
+    """Fills ``order``; ``things`` (things, n). In double precision gains that come to nothing really do, up to _NOTHING."""
+    n = weight.shape[0]
+    gain, cover = np.zeros(n), np.zeros(things.shape[0])
+    for r in range(things.shape[0]):
+        _add_excess(things[r], 0.0, np.inf, 1.0, gain)
+    least, free = gain * _NOTHING, usable.copy()
+    for t in range(order.shape[0]):
+        pick, best = -1, -1.0
+        for i in range(n):
+            if free[i]:
+                more = weight[i] * gain[i] if gain[i] > least[i] else 0.0
+                if more > best:
+                    pick, best = i, more
+        pick = seed if t == 0 and seed >= 0 else pick
+        order[t], free[pick] = pick, False
+        for r in range(things.shape[0]):
+            now = np.float64(as_float(things[r, pick]))
+            if now > cover[r]:
+                _add_excess(things[r], cover[r], now, -1.0, gain)
+                cover[r] = now
+
+
+@jit(parallel=True)
+def _cover_rows(things, weight, usable, seeds, counts, order):
+    for job in nb.prange(things.shape[0]):
+        b = np.int64(job)
+        _cover(things[b], weight[b], usable[b], seeds[b], order[b, : counts[b]])
+
+
 def greedy(rule, rows, weight, offset, usable, seeds, counts):
     """As the reference. The sum of cosines can also fall, which leaves no bound: it is computed for all after each pick."""
     if rule == "sum":
         return reference_greedy.greedy(rule, rows, weight, offset, usable, seeds, counts)
     use_threads(rows.numel() * rows.element_size())
     order = np.full((len(counts), int(counts.max())), -1, np.int64)
-    arrays = [part.contiguous().numpy() for part in (numbers(rows.contiguous()), weight, offset, usable, seeds, counts)]
-    _lazy_rows(_CODES[rule], *arrays, order)
+    rows = numbers((rows.mT if rule == "coverage" else rows).contiguous())
+    rows, weight, offset, usable, seeds, counts = (
+        part.contiguous().numpy() for part in (rows, weight, offset, usable, seeds, counts)
+    )
+    if rule == "coverage":
+        _cover_rows(rows, weight, usable, seeds, counts, order)
+    else:
+        _lazy_rows(_CODES[rule], rows, weight, offset, usable, seeds, counts, order)
     return torch.from_numpy(order)

@@ -73,7 +73,8 @@ class DistanceRule(Rule):
 class CoverageRule(Rule):
     """``weight`` times the sum over things r of what row[r] exceeds the best picked row[r] by, which is 0 with nothing picked.
 
-    Here a token's row says how much it covers each thing. Facility location for weight 1 (MMTok, 2025: words and image tokens
+    Here a token's row says how much it covers each thing (of a matrix with a row per thing, ``matrix.mT`` is read in place).
+    Facility location for weight 1 (MMTok, 2025: words and image tokens
     are to be covered); SCOPE (2025) has the tokens' cosines with each other and the weight saliency^alpha.
     """
 
