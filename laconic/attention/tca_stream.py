@@ -12,7 +12,7 @@ import torch
 from laconic.attention.base import Call
 from laconic.buffers import locate, take
 from laconic.cache import KVLayer
-from laconic.primitives.allocate import apportion
+from laconic.primitives.allocate import largest_remainder
 from laconic.primitives.scores import capped
 from laconic.primitives.select import marked
 
@@ -56,7 +56,7 @@ def ranked_counts(shares: torch.Tensor, blocks: int, block: int) -> torch.Tensor
     """Tokens that ``blocks`` blocks keep, the largest number first: int64 ``(heads, blocks)``, by largest remainders of
     ``shares`` (heads, sizes)."""
     total = torch.full(shares.shape[:1], blocks, device=shares.device)
-    number = apportion(shares.flip(-1), total, total[:, None].expand(shares.shape))
+    number = largest_remainder(shares.flip(-1), total, total[:, None].expand(shares.shape))
     place = torch.arange(blocks, device=shares.device).expand(len(shares), -1).contiguous()
     return sizes(block).to(shares.device).flip(0)[torch.searchsorted(number.cumsum(-1), place, right=True)]
 
@@ -201,7 +201,7 @@ class Stream:
         room = self._room(low)
         one = (held > 0).long()
         one = one * (one.sum(-1) <= room)[:, None].long()
-        more = apportion((wanted - one).clamp(min=0).double(), room - one.sum(-1), held - one)
+        more = largest_remainder((wanted - one).clamp(min=0).double(), room - one.sum(-1), held - one)
         return torch.where((held.sum(-1) > room)[:, None], one + more, held)
 
     def _probes(self, until: int, count: int) -> torch.Tensor:
@@ -254,7 +254,7 @@ class Stream:
         most = (self.done - low) * method.block - (min(method.sinks, self.done * method.block) if low == 0 else 0)
         caps = torch.full((density.numel(),), most, device=density.device)
         total = torch.tensor(rest * density.numel(), device=density.device)
-        return apportion(density.flatten(), total, caps).view_as(density)[self.plan.layer]
+        return largest_remainder(density.flatten(), total, caps).view_as(density)[self.plan.layer]
 
 
 def compact_slots(stays: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

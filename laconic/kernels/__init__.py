@@ -155,6 +155,40 @@ def topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     return chosen
 
 
+def greedy(
+    rule: str,
+    rows: torch.Tensor,
+    *,
+    weight: torch.Tensor,
+    offset: torch.Tensor,
+    usable: torch.Tensor,
+    seeds: torch.Tensor,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens in the order in which a greedy loop picks them, each the one of largest gain, the lowest of equal ones.
+
+    Args:
+        rule: one of ``reference_greedy.RULES``; there is what each means.
+        rows: ``(batch, n, d)``, what the rule reads of each token.
+        weight: float32 ``(batch, n)``, >= 0; offset: float32 ``(batch, n)``.
+        usable: boolean ``(batch, n)``: the others are never picked.
+        seeds: int64 ``(batch,)``: the first pick, -1 for the one of largest gain.
+        counts: int64 ``(batch,)``, at most the usable tokens.
+
+    Returns:
+        int64 ``(batch, max(counts))``, -1 at the end.
+
+    Raises:
+        LaconicError: when a row of a usable token holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(rows.sum(-1, dtype=torch.float32)[usable]).all()):
+        raise LaconicError(
+            "greedy: some features are not finite numbers (NaN, infinity): the model's activations overflow; try float32."
+        )
+    module = reference if rows.is_cuda else _implementation(rows)
+    return module.greedy(rule, rows, weight, offset, usable, seeds, counts)
+
+
 def compact(entries: Array, slots: torch.Tensor, bases: torch.Tensor | None = None) -> None:
     """Moves entries in place: slot j of each row and head becomes what slot ``slots[j]`` was; -1 moves nothing.
 

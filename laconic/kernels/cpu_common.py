@@ -145,8 +145,8 @@ def flat(tensor: torch.Tensor | Ragged) -> tuple[np.ndarray, np.ndarray, int]:
     each row and head stands, and the stride from slot to slot."""
     if isinstance(tensor, Ragged):
         width = tensor.data.stride(0)
-        return _numbers(tensor.data).numpy().reshape(-1), (tensor.bases * width).contiguous().numpy(), width
-    tensor = _numbers(tensor.detach())
+        return numbers(tensor.data).numpy().reshape(-1), (tensor.bases * width).contiguous().numpy(), width
+    tensor = numbers(tensor.detach())
     (batch, heads), (row, head, entry) = tensor.shape[:2], tensor.stride()[:3]
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     rows, columns = _numbered(batch, heads)
@@ -159,7 +159,7 @@ def _numbered(batch: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(batch, dtype=np.int64)[:, None], np.arange(heads, dtype=np.int64)
 
 
-def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+def numbers(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in a type that NumPy has."""
     return tensor.view(_BITS[tensor.dtype]) if tensor.dtype in _BITS else tensor
 

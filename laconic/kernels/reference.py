@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from laconic.kernels.ragged import Ragged, dense
+from laconic.kernels.reference_greedy import greedy as greedy
 
 NEGATIVE = float("-inf")
 

@@ -26,21 +26,34 @@ def by_score(scores: torch.Tensor, total: int, *, floor: int = 0) -> torch.Tenso
     return winners.view(batch, heads, n).sum(-1)
 
 
-def apportion(weights: torch.Tensor, total: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
+def largest_remainder(weights: torch.Tensor, total: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
     """Whole numbers in the proportion of ``weights``, by the method of largest remainders (Hamilton, 1792); none above its cap.
 
-    What a full place cannot take goes to the others, still in proportion. Equal remainders: the lowest place first.
+    What a full place cannot take goes to the others, still in proportion, which makes a share x of each place. It gets the
+    whole part of x, and those with the largest remainders get one more, the lowest place first among equal ones, so that every
+    number is less than 1 away from x.
 
     Args:
-        weights: float ``(..., places)``, >= 0; a place of weight 0 gets something only when the others are full.
-        total: int ``(...)``.
+        weights: float ``(..., places)``, >= 0; a place of weight 0 gets something only when the others are full. Places of
+            weight 0 share equally.
+        total: int ``(...)``, >= 0.
         caps: int ``(..., places)``, >= 0.
 
     Returns:
         int64 ``(..., places)`` that sums to ``min(total, sum of caps)``.
     """
+    some = weights > 0
+    weights = weights.double()
+    first = _in_proportion(weights / weights.amax(-1, keepdim=True), total, caps * some)
+    if bool(some.all()):
+        return first
+    return first + _in_proportion(torch.ones_like(weights), total - first.sum(-1), caps * ~some)
+
+
+def _in_proportion(weights: torch.Tensor, total: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
+    """``largest_remainder`` where a place has a weight > 0 or a cap of 0."""
     total = torch.minimum(total, caps.sum(-1))[..., None].double()
-    weights, limit = weights.double().clamp(min=1e-9), caps.double()
+    weights, limit = weights.nan_to_num().clamp(min=1e-200), caps.double()
     order = (limit / weights).argsort(dim=-1, stable=True)  # which place is full first as all grow in proportion
     filled = limit.gather(-1, order).cumsum(-1) - limit.gather(-1, order)
     ordered = weights.gather(-1, order)

@@ -1,156 +1,201 @@
-"""One greedy loop for every choice of a set: what is picked next depends on what was picked before.
+"""One greedy loop for every set that is chosen token by token: the rule says what a token would add to those picked before.
 
-A rule says what each candidate would add and takes note of what is picked. Similarities are computed for one picked token at a
-time, so that no n x n matrix is held.
+DivPrune, for instance, is ``greedy(features, quota, MaxRule(), seed=most_isolated(features))``.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-BLOCK = 512  # rows whose similarities to all tokens are held at a time
-TIE = 1e-6
-TOGETHER = 32  # candidates whose gain is computed at once
+from laconic import kernels
+from laconic.errors import LaconicError
+from laconic.kernels.reference_greedy import unit
+
+BLOCK = 256  # tokens whose cosines with all others are held at a time
+ROUNDING = 1e-6  # nearest cosines that differ by less are equal: two tokens that are nearest to each other have the same one
 
 
-class Rule(Protocol):
-    """What ``greedy`` asks: the gain of every candidate now, and to take note of a pick."""
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How much a token adds.
 
-    def gains(self, among: torch.Tensor) -> torch.Tensor:
-        """float32 ``(n,)``: what each candidate of ``among`` would add; the largest is exact, others may be bounds from above."""
+    Attributes:
+        weight: a number or float ``(batch, n)``, >= 0.
+    """
 
-    def pick(self, index: int) -> None:
-        """``index`` is in the set from now on."""
+    name: ClassVar[str]
+    weight: float | torch.Tensor = 1.0
+
+    def alone(self) -> float | torch.Tensor:
+        """What is left of a gain when the similarity to the picked tokens is 0."""
+        return 0.0
 
 
-def greedy(rule: Rule, k: int, among: torch.Tensor, first: int | None = None) -> torch.Tensor:
-    """Picks ``k`` times the candidate with the largest gain, the lower index where gains are equal.
+@dataclass(frozen=True, kw_only=True)
+class MaxRule(Rule):
+    """``offset - weight * s`` with s the largest cosine to a picked token; ``offset`` None is the weight: ``weight * (1 - s)``.
+
+    Diversity (DivPrune, 2025: farthest first), sensitive and different (ZOO-Prune, 2025: weight = sensitivity), maximal
+    marginal relevance (Carbonell and Goldstein, 1998; IDPruner, 2026: offset = lam * importance, weight = 1 - lam). Without a
+    seed the largest offset is picked first.
+    """
+
+    name: ClassVar[str] = "max"
+    offset: float | torch.Tensor | None = None
+
+    def alone(self) -> float | torch.Tensor:
+        return self.weight if self.offset is None else self.offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumRule(Rule):
+    """``offset - weight * s`` with s the sum of the cosines to all picked tokens (max-sum diversification; ToDRE v2, 2025)."""
+
+    name: ClassVar[str] = "sum"
+    offset: float | torch.Tensor = 0.0
+
+    def alone(self) -> float | torch.Tensor:
+        return self.offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceRule(Rule):
+    """``weight`` times the squared Euclidean distance to the nearest picked token (k-center, Gonzalez, 1985). Without a seed the
+    lowest valid token is picked first."""
+
+    name: ClassVar[str] = "distance"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageRule(Rule):
+    """``weight`` times the sum over things r of what row[r] exceeds the best picked row[r] by, which is 0 with nothing picked.
+
+    Here a token's row says how much it covers each thing (of a matrix with a row per thing, ``matrix.mT`` is read in place).
+    Facility location for weight 1 (MMTok, 2025: words and image tokens
+    are to be covered); SCOPE (2025) has the tokens' cosines with each other and the weight saliency^alpha.
+    """
+
+    name: ClassVar[str] = "coverage"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeterminantRule(Rule):
+    """What a token multiplies the determinant of the picked tokens' kernel by, weight_i * weight_j * cos(i, j).
+
+    The most probable set of a determinantal point process, greedily (Chen, Zhang and Zhou, 2018). Once the picked tokens span
+    all others, nothing adds anything, and the lowest are picked.
+    """
+
+    name: ClassVar[str] = "determinant"
+
+
+def greedy(
+    rows: torch.Tensor,
+    quota: torch.Tensor,
+    rule: Rule,
+    *,
+    seed: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Picks tokens one by one, each time the one that the rule says adds most; ties to the lowest.
 
     Args:
-        among: boolean ``(n,)``: the candidates; at least ``k`` of them.
-        first: picked before the loop begins.
+        rows: float ``(batch, n, d)``: what the rule reads of each token: its features, for ``CoverageRule`` how much it covers
+            each of d things. No gradient is kept.
+        quota: int ``(batch,)``, >= 0: how many to pick per row; a row with fewer valid tokens gives all of them.
+        rule: the gain; computed in float32.
+        seed: int64 ``(batch,)``: the first pick of each row. None: the token of largest gain with nothing picked.
+        valid: boolean ``(batch, n)``: False (padding, separators) is never picked, nor looked at. None: all are valid.
 
     Returns:
-        int64 ``(k,)`` in the order of picking; sort it for a selection.
+        int64 ``(batch, largest number picked)`` ascending slots, -1 in front where a row has fewer.
+
+    Raises:
+        LaconicError: when features of valid tokens are not finite, a weight is negative, or a seed is not a valid token.
     """
-    open_, order = among.clone(), []
-    for _ in range(min(k, int(among.sum()))):
-        if first is not None and not order:
-            best = int(first)
-        else:
-            best = int(rule.gains(open_).masked_fill(~open_, float("-inf")).argmax())
-        order.append(best)
-        open_[best] = False
-        rule.pick(best)
-    return torch.tensor(order, dtype=torch.int64, device=among.device)
+    return greedy_order(rows, quota, rule, seed=seed, valid=valid).sort(dim=-1).values
 
 
-class Farthest:
-    """Worth, and distance to the nearest token picked: ``weight * (1 - max cosine) + bonus``.
-
-    With nothing else it is the greedy max-min diversity of DivPrune (2025), k-center in another word; with a ``weight`` per token
-    ZOO-Prune (2025); with ``share`` the marginal relevance ``share * bonus - (1 - share) * max cosine`` of IDPruner (2026).
-    """
-
-    def __init__(
-        self, features: torch.Tensor, weight: torch.Tensor | None = None, bonus: torch.Tensor | None = None, share: float = 0.0
-    ) -> None:
-        self.unit = torch.nn.functional.normalize(features.float(), dim=-1)
-        self.weight, self.bonus, self.share = weight, bonus, share
-        self.nearest = torch.full((len(features),), -1.0, device=features.device)
-
-    def gains(self, among: torch.Tensor) -> torch.Tensor:
-        if self.bonus is not None:
-            return self.share * self.bonus - (1 - self.share) * self.nearest
-        gain = 1 - self.nearest
-        return gain if self.weight is None else self.weight * gain
-
-    def pick(self, index: int) -> None:
-        self.nearest = torch.maximum(self.nearest, self.unit @ self.unit[index])
-
-
-class Dispersed:
-    """Minus the sum of the cosines with all picked tokens: greedy max-sum diversification (ToDRE, 2025)."""
-
-    def __init__(self, features: torch.Tensor) -> None:
-        self.unit = torch.nn.functional.normalize(features.float(), dim=-1)
-        self.total = torch.zeros(len(features), device=features.device)
-
-    def gains(self, among: torch.Tensor) -> torch.Tensor:
-        return -self.total
-
-    def pick(self, index: int) -> None:
-        self.total = self.total + self.unit @ self.unit[index]
+@torch.no_grad()
+def greedy_order(
+    rows: torch.Tensor,
+    quota: torch.Tensor,
+    rule: Rule,
+    *,
+    seed: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As ``greedy``, in the order of picking, -1 at the end: the first k of a larger quota are those of the quota k."""
+    rows = rows.detach()
+    batch, n = rows.shape[:2]
+    usable = torch.ones(batch, n, dtype=torch.bool, device=rows.device) if valid is None else valid
+    counts = torch.minimum(quota.to(rows.device, torch.int64), usable.sum(-1))
+    weight, offset = (_per_token(value, usable) for value in (rule.weight, rule.alone()))
+    if bool((usable & ~(weight >= 0)).any()) or not bool(offset[usable].isfinite().all()):
+        raise LaconicError(f"{type(rule).__name__}: weights must be numbers of at least 0, and offsets finite.")
+    if seed is None:
+        seed = torch.full((batch,), -1, device=rows.device)
+    elif bool(((seed < 0) | (seed >= n) | ~usable.gather(1, seed[:, None].clamp(0, max(n - 1, 0)))[:, 0])[counts > 0].any()):
+        raise LaconicError(f"greedy: a seed is not among the valid ones of {n} tokens: give the slot of a valid token per row.")
+    return kernels.greedy(rule.name, rows, weight=weight, offset=offset, usable=usable, seeds=seed, counts=counts)
 
 
-class Covering:
-    """How much better the rows of a matrix are covered: the sum over rows of what exceeds the best pick so far.
+def _per_token(value: float | torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+    """Float32 of the shape of ``usable`` (batch, n), 0 where not usable."""
+    values = torch.as_tensor(value, dtype=torch.float32, device=usable.device).detach().expand(usable.shape)
+    return values.masked_fill(~usable, 0.0)
 
-    Monotone and submodular, so that the greedy set is worth at least 1 - 1/e of the best (Nemhauser et al., 1978; for tokens
-    MMTok, 2025; times a ``weight`` per candidate SCOPE, 2025). Gains never rise, so that old ones are bounds: only candidates
-    whose bound is still the largest are computed anew.
+
+@torch.no_grad()
+def most_isolated(features: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The token whose nearest other token (largest cosine) is farthest away: the first pick of DivPrune (2025).
+
+    The n x n cosines are never held, and most are never computed: a token that has a neighbour nearer than the nearest
+    neighbour of another one is out.
 
     Args:
-        matrix: float32 ``(rows, n)``, not negative: how well candidate i covers row r.
+        features: float ``(batch, n, d)``; valid: boolean ``(batch, n)``, None: all.
+
+    Returns:
+        int64 ``(batch,)``, ties to the lowest; a row without valid tokens: -1.
     """
-
-    def __init__(self, matrix: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        self.columns, self.weight = matrix.float().t().contiguous(), weight
-        self.cover = torch.zeros(matrix.shape[0], device=matrix.device)
-        self.bounds = self.columns.sum(-1) if weight is None else self.columns.sum(-1) * weight
-        self.known = torch.ones(len(self.columns), dtype=torch.bool, device=matrix.device)
-
-    def gains(self, among: torch.Tensor) -> torch.Tensor:
-        while True:
-            bounds = self.bounds.masked_fill(~among, float("-inf"))
-            if bool(self.known[bounds.argmax()]):
-                return self.bounds
-            stale = bounds.masked_fill(self.known, float("-inf")).topk(min(TOGETHER, len(bounds))).indices
-            gain = (self.columns[stale] - self.cover).clamp(min=0).sum(-1)
-            self.bounds[stale] = gain if self.weight is None else gain * self.weight[stale]
-            self.known[stale] = True
-
-    def pick(self, index: int) -> None:
-        self.cover = torch.maximum(self.cover, self.columns[index])
-        self.known.fill_(False)
+    slots = torch.arange(features.shape[1], device=features.device)
+    found = []
+    for b, row in enumerate(features.detach()):
+        present = slots if valid is None else slots[valid[b]]
+        directions = unit(row if valid is None else row[present])
+        found.append(present[_most_isolated(directions)] if len(present) else slots.new_tensor(-1))
+    return torch.stack(found)
 
 
-class Determinant:
-    """Greedy maximum of a determinantal point process with kernel ``weight_i * cos(i, j) * weight_j`` (Chen et al., 2018).
+def _most_isolated(directions: torch.Tensor) -> torch.Tensor:
+    """Of unit rows (n, d): a scalar index.
 
-    The gain is the logarithm of what a candidate adds to the determinant, by an incremental Cholesky factor of ``(k, n)``.
+    The blocks, each twice as large as the one before, are strided over the tokens, so that even the first holds a neighbour in
+    the image of every token. Its tokens are compared with all: the best of them is the mark that the others have to beat.
     """
+    n = len(directions)
+    stride = -(-n // BLOCK)
+    order = torch.cat([torch.arange(first, n, stride, device=directions.device) for first in range(stride)])
+    mine, rows = torch.arange(n, device=directions.device), directions  # the tokens still in the running
+    nearest = directions.new_full((n,), float("-inf"))
+    mark, begin, size = float("inf"), 0, -(-n // stride)
+    while begin < n:
+        others = order[begin : begin + size]
+        cosines = rows @ directions[others].T
+        cosines.masked_fill_(mine[:, None] == others, float("-inf"))
+        nearest = torch.maximum(nearest, cosines.amax(1))
+        candidates = cosines.amax(0) if begin == 0 else _nearest_of(rows[nearest.argmin()], mine[nearest.argmin()], directions)
+        mark = min(mark, float(candidates.min()))
+        stays = nearest <= mark + 2 * ROUNDING
+        mine, rows, nearest = mine[stays], rows[stays], nearest[stays]
+        begin, size = begin + size, 2 * size
+    return mine[nearest <= nearest.min() + ROUNDING][0]
 
-    def __init__(self, features: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        unit = torch.nn.functional.normalize(features.float(), dim=-1)
-        self.rows = unit if weight is None else unit * weight[:, None]
-        self.left = (self.rows**2).sum(-1)
-        self.factor: list[torch.Tensor] = []
 
-    def gains(self, among: torch.Tensor) -> torch.Tensor:
-        return self.left.clamp(min=1e-12).log()
-
-    def pick(self, index: int) -> None:
-        row = self.rows @ self.rows[index]
-        if self.factor:
-            known = torch.stack(self.factor)
-            row = row - known.t() @ known[:, index]
-        row = row / self.left[index].clamp(min=1e-12).sqrt()
-        self.factor.append(row)
-        self.left = self.left - row**2
-
-
-def most_lonely(features: torch.Tensor, among: torch.Tensor) -> int:
-    """The candidate whose nearest other candidate is farthest by cosine: where DivPrune begins."""
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    picked = among.nonzero()[:, 0]
-    unit = unit[picked]
-    nearest = torch.empty(len(unit), device=unit.device)
-    for begin in range(0, len(unit), BLOCK):
-        block = unit[begin : begin + BLOCK] @ unit.t()
-        block[torch.arange(len(block)), torch.arange(begin, begin + len(block))] = float("-inf")
-        nearest[begin : begin + BLOCK] = block.amax(-1)
-    lonely = nearest <= nearest.min() + TIE  # two that are each other's nearest are equal but for rounding
-    return int(picked[lonely.nonzero()[0, 0]])
+def _nearest_of(row: torch.Tensor, index: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """The largest cosine of one token with all others."""
+    return (directions @ row).index_fill(0, index, float("-inf")).amax()

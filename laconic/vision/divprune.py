@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from laconic.primitives.greedy import Farthest, greedy, most_lonely
+from laconic.primitives.greedy import MaxRule, most_isolated
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
-from laconic.vision.select import candidates
+from laconic.vision.select import candidates, pick
 
 
 @register
@@ -27,6 +27,5 @@ class DivPrune(VisionMethod):
     paper: ClassVar[str] = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (2025)"
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        among = candidates(picture)
-        first = most_lonely(picture.features, among)
-        return greedy(Farthest(picture.features), k, among, first).sort().values
+        first = most_isolated(picture.features[None], candidates(picture)[None])
+        return pick(picture, picture.features, k, MaxRule(), first)

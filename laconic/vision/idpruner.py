@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 
 from laconic.method import parameter
-from laconic.primitives.greedy import Farthest, greedy
+from laconic.primitives.greedy import MaxRule
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
 from laconic.vision.scores import SCORES, wants_of
-from laconic.vision.select import candidates
+from laconic.vision.select import candidates, pick
 
 
 @register
@@ -45,5 +45,6 @@ class IDPruner(VisionMethod):
         worth = SCORES[self.score_by](picture)
         low, high = worth[among].min(), worth[among].max()
         worth = (worth - low) / (high - low + 1e-6)
-        first = int(worth.masked_fill(~among, -1.0).argmax())
-        return greedy(Farthest(picture.features, bonus=worth, share=self.share), k, among, first).sort().values
+        first = worth.masked_fill(~among, -1.0).argmax()
+        rule = MaxRule(weight=1 - self.share, offset=self.share * worth[None])
+        return pick(picture, picture.features, k, rule, first)

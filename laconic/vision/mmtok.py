@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from laconic.method import parameter
-from laconic.primitives.greedy import Covering, greedy
+from laconic.primitives.greedy import CoverageRule
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
-from laconic.vision.select import candidates
+from laconic.vision.select import candidates, pick
 
 
 @register
@@ -36,7 +36,7 @@ class MMTok(VisionMethod):
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
         among = candidates(picture)
         matrix = torch.cat([self._words(picture, among), self.share * self._tokens(picture, among)])
-        return greedy(Covering(matrix), k, among).sort().values
+        return pick(picture, matrix.mT, k, CoverageRule())
 
     def _words(self, picture: Picture, among: torch.Tensor) -> torch.Tensor:
         """How well each token covers each word, ``(m, n)``; the rows sum to 1 / m."""

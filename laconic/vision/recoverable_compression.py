@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from laconic.method import parameter
-from laconic.primitives.allocate import apportion
+from laconic.primitives.allocate import largest_remainder
 from laconic.registry import register
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import Want
@@ -70,7 +70,7 @@ class RecoverableCompression(VisionMethod):
         left = max(0, len(salience) - seen - wanted)
         centres = round(left * outliers(salience.sort(descending=True).values[seen:], self.neighbours // 2))
         weights = torch.tensor([seen, wanted, centres], dtype=torch.float64)
-        return apportion(weights, torch.tensor(max(1, k - 1)), torch.full((3,), len(salience)))
+        return largest_remainder(weights, torch.tensor(max(1, k - 1)), torch.full((3,), len(salience)))
 
     def _condense(
         self, picture: Picture, features: torch.Tensor, into: torch.Tensor, middle: torch.Tensor, rest: torch.Tensor,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from laconic.primitives.allocate import apportion
+from laconic.primitives.allocate import largest_remainder
 from laconic.vision.picture import Layout
 from laconic.vision.select import top
 
 
 def share_out(weights: torch.Tensor, k: int, caps: torch.Tensor) -> torch.Tensor:
     """``k`` tokens among regions in proportion to ``weights`` (regions,), at most ``caps`` (regions,) each: exact, int64."""
-    return apportion(weights.double(), torch.tensor(k, device=weights.device), caps)
+    return largest_remainder(weights.double(), torch.tensor(k, device=weights.device), caps)
 
 
 def top_of_regions(scores: torch.Tensor, members: list[torch.Tensor], quotas: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 
 from laconic.method import parameter
-from laconic.primitives.greedy import Dispersed, Farthest, greedy
+from laconic.primitives.greedy import MaxRule, SumRule
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
-from laconic.vision.select import candidates
+from laconic.vision.select import candidates, pick
 
 VARIANTS = ("sum", "kcenter")
 
@@ -41,8 +41,6 @@ class ToDRE(VisionMethod):
         return {Want("salience", -1)}
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        among = candidates(picture)
-        whole = among & (picture.layout.crop == 0)
-        first = int(picture.salience(-1).masked_fill(~whole, float("-inf")).argmax())
-        rule = Dispersed(picture.features) if self.variant == "sum" else Farthest(picture.features)
-        return greedy(rule, k, among, first).sort().values
+        whole = candidates(picture) & (picture.layout.crop == 0)
+        first = picture.salience(-1).masked_fill(~whole, float("-inf")).argmax()
+        return pick(picture, picture.features, k, SumRule() if self.variant == "sum" else MaxRule(), first)

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from laconic.method import parameter
-from laconic.primitives.greedy import Farthest, greedy
+from laconic.primitives.greedy import MaxRule
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
-from laconic.vision.select import candidates
+from laconic.vision.select import pick
 
 EVEN = 1e-4  # sensitivities that differ by less than this share of their mean are all the same
 
@@ -38,9 +38,7 @@ class ZOOPrune(VisionMethod):
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
         weight = scaled(self.sensitivity(picture))
-        among = candidates(picture)
-        first = int(weight.masked_fill(~among, -1.0).argmax())
-        return greedy(Farthest(picture.features, weight=weight), k, among, first).sort().values
+        return pick(picture, picture.features, k, MaxRule(weight=weight[None]))  # the most sensitive first
 
     def sensitivity(self, picture: Picture) -> torch.Tensor:
         """Mean norm of the projection's change per unit of nudge, float32 ``(n,)``; 0 for separators."""

@@ -18,7 +18,7 @@ from laconic import LaconicError
 from laconic.attention import tca_attention
 from laconic.attention.tca_attention import TCAAttention
 from laconic.attention.tca_stream import configurations, distributions, effective_count, ranked_counts, sizes
-from laconic.primitives.allocate import apportion
+from laconic.primitives.allocate import largest_remainder
 from laconic.profiles import make_profile
 
 QUARTER, HALF, WHOLE = [-2.0, 0.0], [-1.0, 0.0], [0.0, 0.0]  # every block keeps a quarter, half, or all of its tokens
@@ -105,7 +105,7 @@ def test_counts_follow_the_configuration(block: int, blocks: int, mu: float, sig
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 20)), min_size=1, max_size=8), st.integers(0, 100))
 def test_apportioning_is_whole_capped_and_in_proportion(places: list[tuple[float, int]], total: int) -> None:
     weights, caps = (torch.tensor(column) for column in zip(*places, strict=True))
-    got = apportion(weights.double(), torch.tensor(total), caps)
+    got = largest_remainder(weights.double(), torch.tensor(total), caps)
     assert int(got.sum()) == min(total, int(caps.sum())) and bool((got <= caps).all()) and bool((got >= 0).all())
     free = [(float(w), int(g)) for w, g, c in zip(weights, got, caps, strict=True) if g < c and w > 1e-3]
     for (w1, g1), (w2, g2) in itertools.pairwise(free):

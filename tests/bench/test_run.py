@@ -21,6 +21,9 @@ CONDITIONS = {
     "decode_step": {"128k", "same_output"},
     "decode_memory": {"same_tokens"},
     "column_sums": {"memory", "same_output"},
+    "greedy_selection": {
+        f"same_picks_{rule}" for rule in ("divprune", "k_center", "mmr", "max_sum", "coverage", "determinant")
+    },
     "import_time": set(),
 }
 
