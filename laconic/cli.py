@@ -145,8 +145,8 @@ def compare(
 ) -> None:
     """Compare methods x budgets on a workload: quality, bytes, time and memory, each beside dense.
 
-    Without options: the built-in model finds facts in long real text, in about two minutes. With --model shapes it answers
-    questions about pictures.
+    Without options: the built-in model finds facts in long real text, in about two minutes. A vision-language model answers
+    questions about rendered scenes, or about pictures of yours.
     Every finished cell is on disk at once: after Ctrl-C or a crash the same command goes on.
 
     \b
@@ -158,7 +158,7 @@ def compare(
     Examples:
       laconic compare
       laconic compare --methods tokenselect,h2o --budgets 64,5%,10%
-      laconic compare --model shapes --methods divprune,fastv --budgets 11.1%
+      laconic compare --model PATH_OR_HUB_ID --task pope --methods divprune,fastv --budgets 11.1%
       laconic compare --model PATH_OR_HUB_ID --task mine.jsonl
       laconic compare --question after --output after-report
       laconic compare --task long_generation --max-new-tokens 2000 --budgets 128,256
@@ -369,7 +369,7 @@ def see(
         list[str] | None, typer.Option("--method", help="A recipe, such as divprune:10%; may be given several times.")
     ] = None,
     also: Annotated[list[str] | None, typer.Option("--also", help="Another picture of the same prompt.")] = None,
-    model: Model = "shapes",
+    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the pictures go: .png, or .html with scores.")] = Path(
         "laconic-see.png"
     ),
@@ -385,8 +385,8 @@ def see(
 
     \b
     Examples:
-      laconic see
-      laconic see scene:4 "what colour is the star ?" --method divprune:5.6% --method fastv:11.1%
+      laconic see --model PATH_OR_HUB_ID
+      laconic see scene:4 "What colour is the star?" --model PATH_OR_HUB_ID --method divprune:5.6% --method fastv:11.1%
       laconic see photo.jpg "What is on the table?" --model PATH_OR_HUB_ID --method visionzip:10% --output table.html
     """
     from laconic.evaluation.workload import open_model
@@ -533,7 +533,7 @@ def profile(
       laconic profile fasa --model PATH_OR_HUB_ID --output fasa.json
       laconic profile dhsa --model PATH_OR_HUB_ID --samples 16 --output dhsa.json
       laconic profile zerotuning --model PATH_OR_HUB_ID --task mine.jsonl --samples 40 --output zt.json
-      laconic profile attention_debias --model shapes --samples 40 --output debias.json
+      laconic profile attention_debias --model PATH_OR_HUB_ID --samples 40 --output debias.json
       laconic compare --model PATH_OR_HUB_ID --methods "fasa(profile=fasa.json)" --budgets 10%
     """
     from dataclasses import asdict

@@ -32,7 +32,7 @@ def text_samples(tokenizer: Any, text: Path | None, tokens: int, samples: int) -
 def calibration_pictures(reader: Any, task: str, samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """The inputs of the prompts of a task that shows pictures."""
     if not sees(reader):
-        raise LaconicError("This method calibrates on pictures, and the model reads text only: use --model shapes.")
+        raise LaconicError("This method calibrates on pictures, and the model reads text only: use one that sees.")
     made = load_task(task, text_side(reader), samples=samples, seed=seed)
     examples = [example for example in made.examples if example.pictures]
     if not examples:

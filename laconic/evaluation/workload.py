@@ -86,7 +86,7 @@ def open_work(
     if not task.examples:
         raise LaconicError(f"The task {name} has no examples: give at least one line with a prompt.")
     if not sees(tokenizer) and any(example.pictures for example in task.examples):
-        raise LaconicError(f"The task {name} shows pictures, and this model reads text only: use --model shapes.")
+        raise LaconicError(f"The task {name} shows pictures, and this model reads text only: use one that sees.")
     if question == "after" and not any(example.question for example in task.examples):
         raise LaconicError(f"No example of {name} has a 'question', which --question after needs: use --question seen.")
     perplexity = task.metric == "perplexity"

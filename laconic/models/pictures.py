@@ -75,7 +75,7 @@ def look(eyes: Eyes, output: Any, arguments: dict[str, Any]) -> Seen:
     """How the pictures of one ``get_image_features`` call lie, from its ``output`` and the ``arguments`` that it was given."""
     pooled = output.pooler_output
     features = list(pooled)
-    if (thw := arguments.get("image_grid_thw", arguments.get("video_grid_thw"))) is not None:
+    if (thw := arguments.get("image_grid_thw")) is not None:
         return _look_native(eyes, features, thw)
     if arguments.get("image_sizes") is not None and hasattr(eyes.inner, "pack_image_features"):
         return _look_packed(eyes, features, arguments)
@@ -190,8 +190,6 @@ def spans(ids: torch.Tensor, eyes: Eyes, seen: Seen) -> Iterator[tuple[int, int,
     Rows of a beam search stand side by side and show the same pictures.
     """
     pictured = ids == eyes.image
-    if eyes.video is not None:
-        pictured |= ids == eyes.video
     total, beams = sum(map(len, seen.features)), 1
     if total and int(pictured.sum()) % total == 0:
         beams = max(1, int(pictured.sum()) // total)

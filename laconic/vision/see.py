@@ -100,7 +100,7 @@ def see(
         LaconicError: for a model without eyes, a picture that cannot be read, or a recipe that cannot work.
     """
     if not sees(reader):
-        raise LaconicError("This model reads text only: use --model shapes, or a vision-language model.")
+        raise LaconicError("This model reads text only: use a vision-language model.")
     opened = [open_picture(picture) for picture in pictures]
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in read(reader, question, opened).items()}
