@@ -46,7 +46,7 @@ def generate(
     recipe = Recipe.parse(recipe)  # before the model is loaded, which may take long
     network, tokenizer, name = open_model(model, device, dtype)
     inputs = _encode(tokenizer, prompt, chat).to(next(network.parameters()).device)
-    clock = _Clock(_writer(tokenizer, stream))
+    clock = Clock(_writer(tokenizer, stream))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     with apply(network, recipe) as handle:
@@ -94,7 +94,7 @@ def _writer(tokenizer: Any, stream: TextIO | None) -> Any:
     return Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-class _Clock:
+class Clock:
     """A streamer of ``generate`` that notes when the prompt and every new token came, and hands them on."""
 
     def __init__(self, inner: Any) -> None:

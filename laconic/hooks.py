@@ -85,10 +85,7 @@ class Handle:
             stack.remove(self)  # the innermost of several entries of the same handle
             stack.reverse()
         if self not in stack:
-            for part in (self._shrinker, self.entry, self._watch):
-                if part is not None:
-                    part.remove()
-            self._shrinker = None
+            self._remove_parts()
         if not stack:
             _restore(self.model)
 
@@ -129,17 +126,33 @@ class Handle:
         }
 
     def _install(self) -> None:
-        if self._shrinker is None and any(isinstance(m, AttentionMethod) and m.shortens for m in self.recipe.methods):
-            self._shrinker = LayerShrinker(self.model)
-        if self not in _stack(self.model) and any(m.stage == "vision" for m in self.recipe.methods):
-            looking = tuple(m for m in self.recipe.methods if m.stage == "vision")
-            self.entry = Entry(self.model, looking, lambda: _stack(self.model)[-1:] == [self])
-        watching = tuple(m for m in self.recipe.methods if getattr(m, "watches_parts", ()))
-        if watching and self not in _stack(self.model):
-            self._watch = LayerWatch(self.model, watching)
+        if self not in _stack(self.model):
+            try:
+                self._install_parts()
+            except LaconicError:
+                self._remove_parts()
+                raise
         if not _stack(self.model):
             _prepare(self.model)
         _stack(self.model).append(self)
+
+    def _install_parts(self) -> None:
+        """Hooks besides the attention's, for the methods that ask for them."""
+        methods = self.recipe.methods
+        looking = tuple(m for m in methods if m.stage == "vision")
+        watching = tuple(m for m in methods if getattr(m, "watches_parts", ()))
+        if any(isinstance(m, AttentionMethod) and m.shortens for m in methods):
+            self._shrinker = LayerShrinker(self.model)
+        if looking:
+            self.entry = Entry(self.model, looking, lambda: _stack(self.model)[-1:] == [self])
+        if watching:
+            self._watch = LayerWatch(self.model, watching)
+
+    def _remove_parts(self) -> None:
+        for part in (self._shrinker, self.entry, self._watch):
+            if part is not None:
+                part.remove()
+        self._shrinker = self._watch = None
 
     def _adopt(self, cache: KVCache) -> None:
         """Makes this handle's policy serve ``cache``."""

@@ -61,7 +61,7 @@ class LayerShrinker:
             return None
         self._whole = args[0] if args else kwargs["hidden_states"]
         batch, count = self._request.positions.shape
-        return _map((args, kwargs), lambda tensor: _take_rows(tensor, self._rows, batch, count))
+        return change_tensors((args, kwargs), lambda tensor: take_rows(tensor, self._rows, batch, count))
 
     def _after(self, layer: torch.nn.Module, args: tuple, output: Any) -> Any:
         if self._request is None or self._rows is None:
@@ -105,18 +105,18 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     raise LaconicError(f"{type(model).__name__} has no list of decoder layers, so no token can leave it between two of them.")
 
 
-def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def change_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``value`` with every tensor in its tuples, lists and dicts changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) in (tuple, list):
-        return type(value)(_map(item, change) for item in value)
+        return type(value)(change_tensors(item, change) for item in value)
     if type(value) is dict:
-        return {name: _map(item, change) for name, item in value.items()}
+        return {name: change_tensors(item, change) for name, item in value.items()}
     return value
 
 
-def _take_rows(tensor: torch.Tensor, rows: torch.Tensor, batch: int, count: int) -> torch.Tensor:
+def take_rows(tensor: torch.Tensor, rows: torch.Tensor, batch: int, count: int) -> torch.Tensor:
     """Picks ``rows`` (batch, k) of a tensor that has one entry per token: ``count`` behind a dimension of ``batch`` or 1.
 
     Hidden states (batch, count, dim), cosines (1, count, dim), positions (1, count), and with several kinds of positions

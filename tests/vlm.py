@@ -17,7 +17,7 @@ EYES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 FAMILIES = (
     "llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3",
-    "gemma3", "paligemma",
+    "smolvlm", "gemma3", "paligemma",
 )  # fmt: skip
 
 
@@ -72,10 +72,13 @@ def config(family: str) -> Any:
     if family == "internvl":
         eyes = t.InternVLVisionConfig(**{**EYES, "image_size": [32, 32], "patch_size": [4, 4]})
         return t.InternVLConfig(vision_config=eyes, text_config=t.Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=16)
-    if family == "idefics3":
+    if family in ("idefics3", "smolvlm"):
         eyes = {**EYES, "image_size": 32}
-        return t.Idefics3Config(
-            vision_config=t.Idefics3VisionConfig(**eyes), text_config=llama(), image_token_id=IMAGE, scale_factor=2,
+        whole, part = t.Idefics3Config, t.Idefics3VisionConfig
+        if family == "smolvlm":
+            whole, part = t.SmolVLMConfig, t.SmolVLMVisionConfig
+        return whole(
+            vision_config=part(**eyes), text_config=llama(), image_token_id=IMAGE, scale_factor=2,
             pad_token_id=0,
         )  # fmt: skip
     if family == "gemma3":
@@ -131,7 +134,7 @@ def inputs(family: str, counts: tuple[int, ...] = (1,), text: int = 9, seed: int
     elif family.startswith("qwen"):
         batch |= {"pixel_values": torch.cat(pieces["pixel_values"]), "image_grid_thw": torch.tensor(pieces["image_grid_thw"])}
         batch["mm_token_type_ids"] = (ids == IMAGE).long()
-    elif family == "idefics3":
+    elif family in ("idefics3", "smolvlm"):
         most = max(counts)
         shape = pieces["pixel_values"][0].shape
         pixels, at = torch.zeros(len(counts), most, *shape[1:]), 0
@@ -169,7 +172,7 @@ def _image(family: str, number: int, generator: torch.Generator, pieces: dict[st
         pieces["image_grid_thw"].append(grid)
         return [START, *[IMAGE] * (grid[1] * grid[2] // 4), END]
     pieces["pixel_values"].append(pixels(1, 3, 32, 32))
-    tokens = {"internvl": 16, "idefics3": 16, "gemma3": 16}.get(family, 64)
+    tokens = {"internvl": 16, "idefics3": 16, "smolvlm": 16, "gemma3": 16}.get(family, 64)
     return [START, *[IMAGE] * tokens, END] if family == "gemma3" else [IMAGE] * tokens
 
 

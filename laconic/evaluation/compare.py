@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from laconic.budget import Budget
 from laconic.errors import LaconicError
 from laconic.evaluation import measure
+from laconic.evaluation.gallery import FILE as GALLERY
 from laconic.evaluation.gallery import write_gallery
 from laconic.evaluation.plan import Cell, plan
 from laconic.evaluation.progress import Advance, progress_bar
@@ -156,14 +157,15 @@ class _Run:
             total = len(todo) * sum(item.cost for item in self.work.items)
             with progress_bar(progress, total, "dense") as advance:
                 self._measure(todo, advance)
+            pictured = any(item.example.pictures for item in self.work.items)
+            if pictured and (todo or not (self.store.directory / GALLERY).exists()):
+                write_gallery(self.store.directory, self.runner, self.reader, self.work.items, self.cells)
         except KeyboardInterrupt:
             with contextlib.suppress(LaconicError):  # a page of what is there, if there is room for it
                 _write_page(self.store.directory)
             raise Interrupted(self._how_to_resume()) from None
         finally:
             network.train(training)
-        if any(item.example.pictures for item in self.work.items):
-            write_gallery(self.store.directory, self.runner, self.reader, self.work.items, self.cells)
         self.header["finished"] = now()
         self.store.write_header(self.header)
         rows = [row for cell in self.cells if (row := self.store.finished(cell.key))]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +13,6 @@ from laconic.errors import LaconicError
 from laconic.evaluation.results import write_atomic
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from laconic.evaluation.measure import Item, Runner
     from laconic.evaluation.plan import Cell
 
@@ -48,7 +44,7 @@ def _entry(runner: Runner, reader: Any, item: Item, cell: Cell) -> dict[str, Any
     """One recipe on one example: its overlay; None where the recipe cannot work or leaves pictures alone."""
     from laconic import apply
     from laconic.models.reading import open_picture
-    from laconic.vision.overlay import overlay
+    from laconic.vision.overlay import data_address, overlay
     from laconic.vision.see import as_seen
     from laconic.vision.see import shown as look
 
@@ -56,7 +52,7 @@ def _entry(runner: Runner, reader: Any, item: Item, cell: Cell) -> dict[str, Any
     inputs = {"input_ids": ids, **{name: value.to(runner.device) for name, value in item.inputs.items()}}
     picture = as_seen(open_picture(item.example.pictures[0]), inputs, reader, 0)
     if cell.name == "dense":
-        return {"method": "dense", "budget": "", "image": data(picture.resize((SIDE, SIDE))), "kept": None}
+        return {"method": "dense", "budget": "", "image": data_address(picture.resize((SIDE, SIDE)), "jpeg"), "kept": None}
     try:
         with apply(runner.model, cell.recipe) as handle, torch.inference_mode():
             runner.model(**inputs)
@@ -66,14 +62,7 @@ def _entry(runner: Runner, reader: Any, item: Item, cell: Cell) -> dict[str, Any
     if not found:
         return None
     image = overlay(picture, found[0], side=SIDE)
-    return {"method": cell.name, "budget": cell.budget, "image": data(image), "kept": found[0].kept}
-
-
-def data(image: Image) -> str:
-    """A small picture as a data address."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"method": cell.name, "budget": cell.budget, "image": data_address(image, "jpeg"), "kept": found[0].kept}
 
 
 def read_gallery(directory: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

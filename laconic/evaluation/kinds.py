@@ -34,7 +34,8 @@ def kind_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     lines = []
     for row in map(with_kinds, rows):
-        shares = [row.get(PREFIX + kind) for kind in kinds]
-        lines.append({"method": row["method"], "budget": row.get("budget", ""), "shares": [s and round(100 * s) for s in shares]})
+        known = [row.get(PREFIX + kind) for kind in kinds]
+        shares = [None if share is None else round(100 * share) for share in known]
+        lines.append({"method": row["method"], "budget": row.get("budget", ""), "shares": shares})
     counts = [sum((cell.get("meta") or {}).get("type") == kind for cell in rows[0].get("cells") or []) for kind in kinds]
     return {"kinds": kinds, "counts": counts, "lines": lines}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +42,16 @@ class Seen:
     Attributes:
         features: per picture ``(n, dim)``.
         layouts: per picture.
-        firsts: per picture the number of its first crop among those of the encoder; None where the encoder has one row of all
-            patches, of which ``windows`` has each picture's part.
-        orders: per picture the place of each cell's patches in that part, or None.
+        firsts: per picture the number of its first crop among those of the encoder.
+        windows: where the encoder has one row of all patches, per picture its part: first, and last + 1.
+        orders: then, per picture, the place of each cell's patches in that part.
     """
 
     features: list[torch.Tensor]
     layouts: list[Layout]
     firsts: list[int]
-    windows: list[tuple[int, int] | None]
-    orders: list[torch.Tensor | None]
+    windows: list[tuple[int, int]] | None = None
+    orders: list[torch.Tensor] | None = None
 
 
 def find_eyes(model: torch.nn.Module) -> Eyes:
@@ -84,8 +86,7 @@ def look(eyes: Eyes, output: Any, arguments: dict[str, Any]) -> Seen:
         size = (vision.image_size // vision.patch_size // scale) ** 2
         features = [part for whole in features for part in whole.split(size) if len(part)]
     layouts = [grid(*_square(len(part))) for part in features]
-    firsts, none = list(range(len(features))), [None] * len(features)
-    return Seen(features, layouts, firsts, list(none), list(none))
+    return Seen(features, layouts, list(range(len(features))))
 
 
 def _square(count: int) -> tuple[int, int]:
@@ -103,7 +104,7 @@ def _look_native(eyes: Eyes, features: list[torch.Tensor], thw: torch.Tensor) ->
         layouts.append(grid(height // merge, width // merge, frames))
         windows.append((at, at + frames * height * width))
         at += frames * height * width
-    orders: list[torch.Tensor | None] = [torch.arange(len(layout)) for layout in layouts]
+    orders = [torch.arange(len(layout)) for layout in layouts]
     if getattr(eyes.tower, "window_size", None):
         from transformers.vision_utils import get_vision_window_index
 
@@ -126,14 +127,11 @@ def _look_packed(eyes: Eyes, features: list[torch.Tensor], arguments: dict[str, 
         layouts.append(_packed_layout(eyes, count, size, side, len(features[picture]), pixels.device))
         firsts.append(first)
         first += count
-    none = [None] * len(layouts)
-    return Seen(features, layouts, firsts, list(none), list(none))
+    return Seen(features, layouts, firsts)
 
 
 def crop_counts(eyes: Eyes, arguments: dict[str, Any]) -> list[int]:
     """Crops of each picture, the whole one included, as the model itself counts them."""
-    import sys
-
     module = sys.modules[type(eyes.inner).__module__]
     config, numbers = eyes.inner.config, arguments.get("batch_num_images")
     patching = [True] * len(arguments["image_sizes"])
@@ -147,8 +145,6 @@ def crop_counts(eyes: Eyes, arguments: dict[str, Any]) -> list[int]:
 
 def _packed_layout(eyes: Eyes, count: int, size: torch.Tensor, side: int, length: int, device: Any) -> Layout:
     """Packs the coordinates of every cell as if they were features; a separator is packed as NaN."""
-    import sys
-
     pack = eyes.inner.pack_image_features
     module, config = sys.modules[type(eyes.inner).__module__], eyes.inner.config
     rows = columns = 0
@@ -164,7 +160,8 @@ def _packed_layout(eyes: Eyes, count: int, size: torch.Tensor, side: int, length
     marks[1:] = 1.0
     values = torch.cat([stacked, marks], dim=-1).to(device)
     newline = torch.full((3,), float("nan"), device=device)
-    options = {"vision_feature_select_strategy": "default"} if "vision_feature_select_strategy" in _names(pack) else {}
+    named = "vision_feature_select_strategy" in inspect.signature(pack).parameters  # NeXT's, not OneVision's
+    options = {"vision_feature_select_strategy": "default"} if named else {}
     packed, _ = pack([values], size[None] if torch.is_tensor(size) else [size], image_newline=newline, **options)
     packed = packed[0].cpu()
     if len(packed) != length:
@@ -176,12 +173,6 @@ def _packed_layout(eyes: Eyes, count: int, size: torch.Tensor, side: int, length
         crop.masked_fill(gone, -1), (row % side).masked_fill(gone, -1), (column % side).masked_fill(gone, -1),
         ((side, side),) * count, (rows, columns),
     )  # fmt: skip
-
-
-def _names(function: Callable) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(function).parameters)
 
 
 def spans(ids: torch.Tensor, eyes: Eyes, seen: Seen) -> Iterator[tuple[int, int, torch.Tensor]]:

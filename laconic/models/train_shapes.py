@@ -35,7 +35,6 @@ PATCHES = 2304  # in a batch, about
 MOST = 64  # scenes in a batch
 RATE = 1e-3
 GROUND = 0.1  # weight of patches that show nothing among those that the encoder is asked about
-LOCAL = 0.15  # how sharply patches attend to their neighbours at the start
 IGNORED = -100
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
 FACTS = {  # what each patch is asked: kinds of answers, 0 for none
@@ -70,11 +69,8 @@ def build_model():
         for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
             linear.weight.normal_(0.0, 0.12)  # pictures come in as loud as words
         for layer in tower.encoder.layers:  # CLIP's own start is made for much wider models
-            for linear in (layer.self_attn.v_proj, layer.mlp.fc1):
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.fc1):
                 linear.weight.normal_(0.0, 0.08)
-            # queries that are like keys attend to what is like themselves: to the patches around (mimetic initialization, 2023)
-            layer.self_attn.q_proj.weight.normal_(0.0, LOCAL)
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
     return model
 
 

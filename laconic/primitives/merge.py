@@ -22,11 +22,6 @@ class Merge:
         """The tokens that stay, int64 ascending."""
         return (self.into == torch.arange(len(self.into), device=self.into.device)).nonzero()[:, 0]
 
-    def sizes(self) -> torch.Tensor:
-        """How many tokens each kept one stands for, itself included, int64 ``(kept,)``."""
-        real = self.into[self.into >= 0]
-        return torch.bincount(real, minlength=len(self.into))[self.kept]
-
     def mean(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """The mean of the members of each kept token, ``(kept, width)`` of ``values`` (n, width), as float32.
 

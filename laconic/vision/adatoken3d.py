@@ -12,7 +12,7 @@ from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.registry import register
-from laconic.vision.inside import InsideMethod, by_words, picture_numbers
+from laconic.vision.inside import InsideMethod, by_words, everything, pictures_in
 
 
 @register
@@ -40,17 +40,12 @@ class AdaToken3D(InsideMethod):
         self.require(self.lost < 1 and self.floor <= 1, "lost and floor are shares: give less than 1.")
 
     def leave(self, layer: KVLayer, call: Call) -> None:
-        numbers = picture_numbers(layer)
-        if numbers is None or self.lost == 0 or not self.first - 1 <= layer.index < layer.layers - 1:
+        if self.lost == 0 or not self.first - 1 <= layer.index < layer.layers - 1 or layer.request.pictures is None:
             return
-        contribution = by_words(layer, call, lambda attention: attention.sum(0))
-        stays = torch.ones_like(numbers, dtype=torch.bool)
-        for picture in numbers.unique().tolist():
-            if picture >= 0:
-                row = int((numbers == picture).any(-1).nonzero()[0])
-                own = (numbers[row] == picture).nonzero()[:, 0]
-                least = round(self.floor * int((layer.request.pictures == picture).sum()))
-                stays[row, own] = nucleus(contribution[row, own], self.lost, least)
+        contribution, stays = by_words(layer, call, lambda attention: attention.sum(0)), everything(layer)
+        for picture in pictures_in(layer):
+            row, slots = picture.row, picture.slots
+            stays[row, slots] = nucleus(contribution[row, slots], self.lost, round(self.floor * picture.size))
         self.go_on(layer, stays)
 
 

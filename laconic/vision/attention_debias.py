@@ -18,7 +18,8 @@ from laconic.errors import LaconicError, quote
 from laconic.method import parameter
 from laconic.profiles import layer_tables, need_file
 from laconic.registry import register
-from laconic.vision.inside import InsideMethod, attention_of_last, picture_numbers
+from laconic.vision.base import PICTURE_CLAIMS, better_than
+from laconic.vision.inside import InsideMethod, attention_of_last, pictures_in
 
 
 @register
@@ -36,7 +37,7 @@ class AttentionDebias(InsideMethod):
     paper: ClassVar[str] = "Attention Debiasing for Token Pruning in Vision Language Models (2025)"
     needs: ClassVar[str] = "calibration"
     calibrates_on: ClassVar[str] = "pictures"
-    claims: ClassVar[tuple[Claim, ...]] = (*InsideMethod.claims, Claim("fastv"))
+    claims: ClassVar[tuple[Claim, ...]] = (*PICTURE_CLAIMS, better_than("fastv"))
 
     of: str = parameter("fastv", "the method whose scores are debiased, with its parameters")
     profile: str = parameter("", "file made by laconic profile; empty: the one that comes with a built-in model", search=())
@@ -74,10 +75,13 @@ class AttentionDebias(InsideMethod):
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         slope = layer_tables(self.id, self.profile, layer)["slope"][layer.index]
-        worth, numbers = self.inner.worth(layer, call), picture_numbers(layer)
-        worth = worth / (slope * places(layer, numbers)).exp()
-        if self.padding:
-            worth = worth.masked_fill(padding_entries(layer), -1.0)
+        worth = self.inner.worth(layer, call)
+        for held in pictures_in(layer):
+            row, slots = held.row, held.slots
+            worth[row, slots] /= (slope * held.places / held.size).exp()
+            if self.padding:
+                picture = layer.request.looked[held.number]
+                worth[row, slots[picture.padding()[picture.cells][held.places]]] = -1.0
         return worth
 
     @classmethod
@@ -102,12 +106,9 @@ class Trend(InsideMethod):
     paper: ClassVar[str] = ""
 
     def leave(self, layer: KVLayer, call: Call) -> None:
-        numbers = picture_numbers(layer)
-        if numbers is None:
-            return
-        own = numbers >= 0
-        at, given = places(layer, numbers)[own], attention_of_last(layer, call)[own]
-        self._notes.setdefault(layer.index, []).append((at.cpu().numpy(), given.cpu().numpy()))
+        for held in pictures_in(layer):
+            given = attention_of_last(layer, call)[held.row, held.slots]
+            self._notes.setdefault(layer.index, []).append(((held.places / held.size).cpu().numpy(), given.cpu().numpy()))
 
     @functools.cached_property
     def _notes(self) -> dict[int, list[tuple[np.ndarray, np.ndarray]]]:
@@ -133,28 +134,3 @@ def fit(at: np.ndarray, given: np.ndarray) -> tuple[float, float]:
     except RuntimeError:  # it does not converge: the line will do
         height = np.exp(log)
     return float(slope), float(height)
-
-
-def places(layer: KVLayer, numbers: torch.Tensor) -> torch.Tensor:
-    """Where each entry stands in its picture, from 0 to 1, float ``(batch, n)``; 0 for words."""
-    pictures, positions = layer.request.pictures, layer.shared_positions[:, 0].clamp(min=0)
-    result = torch.zeros(numbers.shape, device=numbers.device)
-    for picture in numbers.unique().tolist():
-        if picture >= 0:
-            own = pictures == picture
-            share = (own.cumsum(-1) - 1).float() / int(own.sum())
-            row = int(own.any(-1).nonzero()[0])
-            mine = numbers[row] == picture
-            result[row, mine] = share[row][positions[row, mine]]
-    return result
-
-
-def padding_entries(layer: KVLayer) -> torch.Tensor:
-    """Entries of picture tokens that show only padding, boolean ``(batch, n)``."""
-    found = torch.zeros_like(layer.shared_positions[:, 0], dtype=torch.bool)
-    for number, picture in enumerate(layer.request.looked):
-        own = layer.request.pictures == number
-        row = int(own.any(-1).nonzero()[0])
-        gone = own[row].nonzero()[:, 0][picture.padding()[picture.cells]]
-        found[row] |= torch.isin(layer.shared_positions[row, 0], gone)
-    return found

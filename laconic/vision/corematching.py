@@ -11,7 +11,7 @@ from laconic.attention.base import Call
 from laconic.cache import KVLayer, Request
 from laconic.method import parameter
 from laconic.registry import register
-from laconic.vision.inside import InsideMethod, picture_numbers
+from laconic.vision.inside import InsideMethod
 from laconic.vision.watch import add_at, rows_at
 
 TABLE = "corematching.overlap"
@@ -54,11 +54,7 @@ class CoreMatching(InsideMethod):
             request.memory[TABLE] = add_at(None, request, overlap(given.float(), real, self.token_share, self.core_share))
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
-        table = layer.request.memory.get(TABLE)
-        worth = torch.zeros(picture_numbers(layer).shape, device=layer.keys.device)
-        if table is not None:
-            worth = table.gather(1, layer.shared_positions[:, 0].clamp(min=0, max=table.shape[1] - 1))
-        return worth
+        return layer.request.memory[TABLE].gather(1, layer.shared_positions[:, 0].clamp(min=0))
 
 
 def overlap(activations: torch.Tensor, real: torch.Tensor, token_share: float, core_share: float) -> torch.Tensor:

@@ -11,7 +11,6 @@ from laconic.errors import LaconicError
 from laconic.primitives.scores import full_attention_received
 
 NAME = "laconic_vision"
-ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Want:
     ``cls``: attention of the class token to every patch, mean over heads, ``(pictures, patches)``; it has been divided among all
     tokens, the class token among them. ``received``: attention that a patch gets from all tokens, summed over them and mean
     over heads: 1 everywhere where attention is even. ``salience``: ``cls`` where there is a class token, else ``received``.
-    ``keys``, ``queries``, ``values``: ``(pictures, heads, patches, head_dim)``.
+    ``keys``, ``queries``: ``(pictures, heads, tokens, head_dim)``, the class token among them.
     """
 
     kind: str
@@ -76,7 +75,8 @@ class Trace:
             config._attn_implementation = implementation
         self._modules, self._configs = [], []
 
-    def record(self, want: Want, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
+    def record(self, want: Want, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        """Takes one figure of one call of a block's attention."""
         first = int(self.has_class)
         if want.kind == "cls":
             logits = (query[:, :, :1].float() @ key.float().transpose(-1, -2))[:, :, 0] * scale
@@ -84,7 +84,7 @@ class Trace:
         elif want.kind == "received":
             result = full_attention_received(query, key, scale=scale)[:, first:]
         else:
-            result = {"keys": key, "queries": query, "values": value}[want.kind]  # the class token, too
+            result = {"keys": key, "queries": query}[want.kind]
         self.found.setdefault(want, []).append(result.detach())
 
     def get(self, kind: str, layer: int) -> torch.Tensor:
@@ -128,5 +128,5 @@ def vision_attention(
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         with torch.no_grad():
             for want in wants:
-                trace.record(want, query, key, value, scale)
+                trace.record(want, query, key, scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

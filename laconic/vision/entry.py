@@ -11,7 +11,7 @@ import torch
 
 from laconic.cache import Request
 from laconic.errors import LaconicError
-from laconic.layers import _map, _take_rows
+from laconic.layers import change_tensors, take_rows
 from laconic.method import Method
 from laconic.models.pictures import Seen, find_eyes, look, spans
 from laconic.vision.base import Reduction, VisionMethod
@@ -88,7 +88,6 @@ class Entry:
         if self._request is not None:
             self._request.count = self._request.pictures = None
             self._request.looked = []
-        if self._request is not None:
             self._fresh = False
         self._request = self._rows = None
         self._arguments = {}
@@ -134,7 +133,6 @@ class Entry:
         positions = request.positions.to(embeddings.device)
         stays = positions >= 0
         request.pictures = torch.full((len(ids), int(positions.max()) + 1), -1, device=positions.device)
-        embeddings = embeddings.clone()
         self.pictures, self.reductions = self._open(ids, embeddings, stays), []
         request.looked = self.pictures
         for picture, (_, row, slots) in zip(self.pictures, spans(ids, self.eyes, self.seen), strict=True):
@@ -146,6 +144,7 @@ class Entry:
             stays[row, slots[gone]] = False
             request.pictures[row, positions[row, slots[picture.cells]]] = picture.number
             if reduction.features is not None:
+                embeddings = embeddings.clone() if embeddings is kwargs["inputs_embeds"] else embeddings
                 embeddings[row, slots[reduction.kept]] = reduction.features.to(embeddings.dtype)
         if bool(stays.eq(positions >= 0).all()):
             return {**kwargs, "inputs_embeds": embeddings}
@@ -175,8 +174,9 @@ class Entry:
             pictures.append(
                 Picture(
                     features=embeddings[row, slots], layout=seen.layouts[i], text=embeddings[row, words],
-                    text_ids=ids[row, words], after=words > slots[-1], trace=self._trace, encoded=self._encoded,
-                    first=seen.firsts[i], window=seen.windows[i], order=seen.orders[i], number=len(pictures),
+                    after=words > slots[-1], trace=self._trace, encoded=self._encoded,
+                    first=seen.firsts[i], window=seen.windows and seen.windows[i], order=seen.orders and seen.orders[i],
+                    number=len(pictures),
                     projector=self.eyes.projector, pixels=self._pixels_of(seen, i),
                 )
             )  # fmt: skip
@@ -185,7 +185,7 @@ class Entry:
     def _pixels_of(self, seen: Seen, i: int) -> torch.Tensor | None:
         """Pixels of one picture's crops; None where the encoder was given patches, or crops that are no pictures lie between."""
         count = sum(len(layout.shapes) for layout in seen.layouts)
-        if self._pixels is None or seen.windows[i] is not None or len(self._pixels) != count:
+        if self._pixels is None or seen.windows is not None or len(self._pixels) != count:
             return None
         return self._pixels[seen.firsts[i] : seen.firsts[i] + len(seen.layouts[i].shapes)]
 
@@ -199,7 +199,7 @@ class Entry:
         positions = self._positions(kwargs)
         deep, mask = kwargs.pop("deepstack_visual_embeds", None), kwargs.pop("attention_mask", None)
         marks = kwargs.get("visual_pos_masks")
-        kwargs = _map({**kwargs, "position_ids": positions}, lambda tensor: _take_rows(tensor, order, batch, count))
+        kwargs = change_tensors({**kwargs, "position_ids": positions}, lambda tensor: take_rows(tensor, order, batch, count))
         if deep is not None:
             alive = stays[marks.to(stays.device)]
             kwargs["deepstack_visual_embeds"] = [part[alive.to(part.device)] for part in deep]

@@ -13,6 +13,7 @@ from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
+from laconic.vision.scores import scaled
 from laconic.vision.select import top
 
 FLOOR = 1e-6
@@ -67,15 +68,8 @@ class FlashVLM(VisionMethod):
 
     def likeness(self, picture: Picture) -> torch.Tensor:
         """How much each token is like the words behind the picture, sharpened, 0..1: ``(n,)``."""
-        words = picture.text[picture.after] if bool(picture.after.any()) else picture.text
         unit = torch.nn.functional.normalize(picture.features.float(), dim=-1)
-        cosine = unit @ torch.nn.functional.normalize(words.float(), dim=-1).t()
+        cosine = unit @ torch.nn.functional.normalize(picture.question.float(), dim=-1).t()
         mean = ((cosine / self.word_temperature).softmax(-1) * cosine).sum(-1)
         gone = picture.layout.separators.to(mean.device)
         return scaled((mean.masked_fill(gone, float("-inf")) / self.token_temperature).softmax(0) ** self.power)
-
-
-def scaled(values: torch.Tensor) -> torch.Tensor:
-    """Scaled to 0..1."""
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low).clamp(min=1e-12)

@@ -13,7 +13,7 @@ from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
-from laconic.vision.scores import SCORES, wants_of
+from laconic.vision.scores import SCORES, scaled, wants_of
 from laconic.vision.select import candidates, pick
 
 
@@ -43,8 +43,7 @@ class IDPruner(VisionMethod):
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
         among = candidates(picture)
         worth = SCORES[self.score_by](picture)
-        low, high = worth[among].min(), worth[among].max()
-        worth = (worth - low) / (high - low + 1e-6)
+        worth = torch.zeros_like(worth).masked_scatter(among, scaled(worth[among]))
         first = worth.masked_fill(~among, -1.0).argmax()
         rule = MaxRule(weight=1 - self.share, offset=self.share * worth[None])
         return pick(picture, picture.features, k, rule, first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +11,12 @@ import torch
 from laconic.attention.base import AttentionMethod, Call
 from laconic.cache import KVLayer
 from laconic.claims import Claim
+from laconic.kernels.ragged import dense
+from laconic.method import parameter
 from laconic.primitives.scores import attention_received, capped
+from laconic.vision.base import PICTURE_CLAIMS
 from laconic.vision.encoder import Want
+from laconic.vision.schedule import falling
 from laconic.vision.select import top
 
 
@@ -26,7 +30,7 @@ class InsideMethod(AttentionMethod):
 
     stage: ClassVar[str] = "vision"
     verbs: ClassVar[tuple[str, ...]] = ("drop",)
-    claims: ClassVar[tuple[Claim, ...]] = (Claim("random_prune"), Claim("uniform"))
+    claims: ClassVar[tuple[Claim, ...]] = PICTURE_CLAIMS
     shortens: ClassVar[bool] = True
 
     def check(self) -> None:
@@ -44,28 +48,20 @@ class InsideMethod(AttentionMethod):
         """Worth of every entry of the layer, float ``(batch, n)``; higher stays. Asked only in layers of ``stays``."""
         raise NotImplementedError
 
-    def watch(self, layer: KVLayer, call: Call) -> None:
-        """Called in every layer of a prompt with pictures: the place to add up."""
-
     def leave(self, layer: KVLayer, call: Call) -> None:
-        number = picture_numbers(layer)
-        if number is None or self.budget.is_full:
+        if self.budget.is_full or layer.index == layer.layers - 1:
             return
-        self.watch(layer, call)
-        if layer.index == layer.layers - 1:
-            return
-        stays, worth = torch.ones_like(number, dtype=torch.bool), None
-        for picture in number.unique().tolist():
-            left = {} if picture < 0 else self.stays(int((layer.request.pictures == picture).sum()), layer.layers)
+        stays = worth = None
+        for picture in pictures_in(layer):
+            left = self.stays(picture.size, layer.layers)
             if layer.index not in left:
                 continue
-            worth = self.worth(layer, call) if worth is None else worth
-            row = int((number == picture).any(-1).nonzero()[0])
-            slots = (number[row] == picture).nonzero()[:, 0]
-            if left[layer.index] < len(slots):
-                stays[row, slots] = False
-                stays[row, top(worth[row], left[layer.index], slots)] = True
-        if worth is not None:
+            if worth is None:
+                worth, stays = self.worth(layer, call), everything(layer)
+            if left[layer.index] < len(picture.slots):
+                stays[picture.row, picture.slots] = False
+                stays[picture.row, top(worth[picture.row], left[layer.index], picture.slots)] = True
+        if stays is not None:
             self.go_on(layer, stays)
 
     def go_on(self, layer: KVLayer, stays: torch.Tensor) -> None:
@@ -76,50 +72,88 @@ class InsideMethod(AttentionMethod):
         layer.request.onward = living[:, int((living < 0).sum(-1).min()) :]
 
 
-def picture_numbers(layer: KVLayer) -> torch.Tensor | None:
-    """Which picture each entry of the layer belongs to, int64 ``(batch, n)``, -1 for words; None where no picture comes in."""
+@dataclass(frozen=True, kw_only=True)
+class StagedMethod(InsideMethod):
+    """Base of methods that keep the same share of a picture at the end of every stage of layers. The budget is the mean over the
+    layers; the share follows from it (see ``falling``)."""
+
+    stages: int = parameter(4, "groups of layers that see the same tokens", least=2, search=(3, 6))
+
+    def stays(self, n: int, layers: int) -> dict[int, int]:
+        return falling(self.budget, n, layers, self.stages)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The tokens of one picture that a layer holds.
+
+    Attributes:
+        number: of the picture in the forward (``Request.looked``); row: of the batch.
+        slots: int64 ``(c,)`` ascending, of its entries in the layer.
+        places: int64 ``(c,)``: which of the picture's competing tokens they are. size: how many it had before the first layer.
+    """
+
+    number: int
+    row: int
+    slots: torch.Tensor
+    places: torch.Tensor
+    size: int
+
+
+def pictures_in(layer: KVLayer) -> Iterator[Entries]:
+    """The pictures of the running forward, as far as the layer holds any of their tokens; none where none come in."""
     pictures = layer.request.pictures
     if pictures is None:
-        return None
-    positions = layer.shared_positions[:, 0]
-    number = pictures.gather(1, positions.clamp(min=0, max=pictures.shape[1] - 1))
-    return number.masked_fill((positions < 0) | (positions >= pictures.shape[1]), -1)
+        return
+    held = layer.shared_positions[:, 0]
+    for number in range(len(layer.request.looked)):
+        own = pictures == number
+        row = int(own.any(-1).nonzero()[0])
+        positions = own[row].nonzero()[:, 0]
+        slots = torch.isin(held[row], positions).nonzero()[:, 0]
+        if len(slots):
+            yield Entries(number, row, slots, torch.searchsorted(positions, held[row, slots]), len(positions))
 
 
-def attention_of_last(layer: KVLayer, call: Call, rows: int = 1) -> torch.Tensor:
-    """Attention that every entry receives from the last ``rows`` tokens, ``(batch, n)``: mean over heads, summed over tokens."""
+def everything(layer: KVLayer) -> torch.Tensor:
+    """All entries of the layer: True, ``(batch, n)``."""
+    return torch.ones_like(layer.shared_positions[:, 0], dtype=torch.bool)
+
+
+def attention_of_last(layer: KVLayer, call: Call) -> torch.Tensor:
+    """Attention that every entry receives from the last token, ``(batch, n)``: mean over heads."""
     received = attention_received(
-        call.query[:, :, -rows:], layer.keys, scale=call.scale, softcap=call.softcap, starts=layer.starts(), window=call.window
+        call.query[:, :, -1:], layer.keys, scale=call.scale, softcap=call.softcap, starts=layer.starts(), window=call.window
     )
     return received.mean(1)
 
 
-def attention_of_words(layer: KVLayer, call: Call, row: int, picture: int) -> torch.Tensor:
-    """Attention that each of the words behind a picture gives, ``(words, n)`` of one row: mean over heads, over all entries.
-
-    There are few words beside the many picture tokens, so that this is no map of all against all.
-    """
-    number = picture_numbers(layer)[row]
-    first = int((number == picture).nonzero()[-1]) + 1
-    rows = torch.arange(first, layer.n, device=number.device)
-    rows = rows[number[rows] < 0]
-    own = rows - (layer.n - call.query.shape[2])  # among the tokens of this forward
-    query = call.query[row, :, own].float().unflatten(0, (layer.heads, -1))
-    logits = torch.einsum("kgwd,knd->kgwn", query, layer.keys[row].float()) * call.scale
-    seen = (torch.arange(layer.n, device=rows.device) <= rows[:, None]) & (layer.shared_positions[row, 0] >= 0)
+def attention_of(layer: KVLayer, call: Call, row: int, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What some ``entries`` (r,) of one row, tokens of this forward, attend to: probabilities ``(r, n)``, mean over heads, and
+    which entries each of them sees, boolean ``(r, n)``. For few of them: this is held as a whole."""
+    at = layer.shared_positions[row, 0]
+    new = entries - (layer.n - call.query.shape[2])
+    last = at[entries] if call.reach is None else torch.maximum(call.reach[row, new], at[entries])
+    seen = (at >= 0) & (at <= last[:, None])
     if call.window is not None:
-        at = layer.shared_positions[row, 0]
-        seen &= at > at[rows][:, None] - call.window
-    return capped(logits, call.softcap).masked_fill(~seen, float("-inf")).softmax(-1).mean((0, 1))
+        seen &= at > at[entries][:, None] - call.window
+    query = call.query[row, :, new].float().unflatten(0, (layer.heads, -1))
+    logits = torch.einsum("kgrd,knd->kgrn", query, dense(layer.keys)[row].float()) * call.scale
+    return capped(logits, call.softcap).masked_fill(~seen, float("-inf")).softmax(-1).mean((0, 1)), seen
+
+
+def words_behind(layer: KVLayer, picture: Entries) -> torch.Tensor:
+    """The entries behind a picture that belong to none, int64 ``(w,)``."""
+    rows = torch.arange(int(picture.slots[-1]) + 1, layer.n, device=picture.slots.device)
+    others = [other.slots for other in pictures_in(layer) if other.row == picture.row]
+    return rows[~torch.isin(rows, torch.cat(others))]
 
 
 def by_words(layer: KVLayer, call: Call, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``reduce`` of ``attention_of_words`` over the words, for every picture's own entries: float ``(batch, n)``, 0 elsewhere."""
-    numbers = picture_numbers(layer)
-    worth = torch.zeros(numbers.shape, device=numbers.device)
-    for picture in numbers.unique().tolist():
-        if picture >= 0:
-            row = int((numbers == picture).any(-1).nonzero()[0])
-            own = numbers[row] == picture
-            worth[row, own] = reduce(attention_of_words(layer, call, row, picture))[own]
+    """For every picture ``reduce`` of the attention ``(words, c)`` that the words behind it give to its c entries: float
+    ``(batch, n)``, 0 elsewhere. There are few words beside the many picture tokens."""
+    worth = torch.zeros(layer.shared_positions[:, 0].shape, device=call.query.device)
+    for picture in pictures_in(layer):
+        given, _ = attention_of(layer, call, picture.row, words_behind(layer, picture))
+        worth[picture.row, picture.slots] = reduce(given[:, picture.slots])
     return worth

@@ -40,8 +40,7 @@ class MMTok(VisionMethod):
 
     def _words(self, picture: Picture, among: torch.Tensor) -> torch.Tensor:
         """How well each token covers each word, ``(m, n)``; the rows sum to 1 / m."""
-        words = picture.text[picture.after] if bool(picture.after.any()) else picture.text
-        return coverage(words, picture.features, among, self.word_temperature)
+        return coverage(picture.question, picture.features, among, self.word_temperature)
 
     def _tokens(self, picture: Picture, among: torch.Tensor) -> torch.Tensor:
         seen = picture.encoded_tokens()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,14 +13,13 @@ from laconic.cache import KVLayer
 from laconic.method import parameter
 from laconic.registry import register
 from laconic.vision.encoder import Want
-from laconic.vision.inside import InsideMethod, by_words, picture_numbers
-from laconic.vision.schedule import falling
+from laconic.vision.inside import StagedMethod, by_words, everything, pictures_in
 from laconic.vision.select import top
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class MustDrop(InsideMethod):
+class MustDrop(StagedMethod):
     """Drops picture tokens that neither all words together nor any one word looks at, stage by stage, but never key tokens.
 
     Key tokens are what the vision encoder's last block attends to most. Two thresholds decide in the source, on a token's share
@@ -32,7 +32,6 @@ class MustDrop(InsideMethod):
     id: ClassVar[str] = "mustdrop"
     paper: ClassVar[str] = "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model (2024)"
 
-    stages: int = parameter(4, "groups of layers that see the same tokens", least=2, search=(3, 6))
     key_share: float = parameter(0.08, "share of a picture's tokens that are key tokens", least=0, search=(0.04, 0.15))
     all_words: float = parameter(0.001, "threshold on the share of all words' attention", least=1e-9, search=())
     one_word: float = parameter(0.001, "threshold on the most attention of one word", least=1e-9, search=())
@@ -45,9 +44,6 @@ class MustDrop(InsideMethod):
     def wants(self, depth: int) -> set[Want]:
         return {Want("salience", -1)}
 
-    def stays(self, n: int, layers: int) -> dict[int, int]:
-        return falling(self.budget, n, layers, self.stages)
-
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         def larger(attention: torch.Tensor) -> torch.Tensor:
             together = attention.sum(0)
@@ -57,20 +53,18 @@ class MustDrop(InsideMethod):
 
     def key_entries(self, layer: KVLayer) -> torch.Tensor:
         """The entries of the key tokens, boolean ``(batch, n)``: no more of a picture than its last stage keeps."""
-        numbers = picture_numbers(layer)
-        keys = torch.zeros_like(numbers, dtype=torch.bool)
-        for number, picture in enumerate(layer.request.looked):
-            row = int((layer.request.pictures == number).any(-1).nonzero()[0])
-            places = (layer.request.pictures[row] == number).nonzero()[:, 0]  # positions of its tokens, in order
-            left = min(self.stays(len(places), layer.layers).values())
-            count = min(-(-int(self.key_share * 1000 * len(places)) // 1000), left)
-            best = places[torch.searchsorted(picture.cells, top(picture.salience(-1), count, picture.cells))]
-            keys[row] |= torch.isin(layer.shared_positions[row, 0], best)
+        keys = ~everything(layer)
+        for held in pictures_in(layer):
+            picture = layer.request.looked[held.number]
+            left = min(self.stays(held.size, layer.layers).values())
+            count = min(math.ceil(self.key_share * held.size - 1e-9), left)
+            best = torch.searchsorted(picture.cells, top(picture.salience(-1), count, picture.cells))
+            keys[held.row, held.slots] = torch.isin(held.places, best)
         return keys
 
     def go_on(self, layer: KVLayer, stays: torch.Tensor) -> None:
         super().go_on(layer, stays)
-        drops = [index for index in self.stays(1000, layer.layers) if index < layer.layers - 1]
+        drops = list(self.stays(next(pictures_in(layer)).size, layer.layers))
         if not self.cut or layer.index != max(drops):
             return
         left = layer.shared_positions[:, 0].masked_fill(~stays, -1)

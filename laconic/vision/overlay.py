@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +120,7 @@ def _page(views: Sequence[View], pictures: Sequence[Image], question: str) -> st
     for view in views:
         shown = [
             {
-                "data": _data(_strip(view, number, picture)),
+                "data": data_address(_strip(view, number, picture)),
                 "cells": _cells(view.pictures[number]) if number < len(view.pictures) else [],
             }
             for number, picture in enumerate(pictures)
@@ -149,14 +151,11 @@ def _cells(shown: Shown) -> list[dict[str, str]]:
     return squares
 
 
-def _data(image: Image) -> str:
-    """A picture as a data address."""
-    import base64
-    import io
-
+def data_address(image: Image, kind: str = "png") -> str:
+    """A picture as an address that holds it, to stand in a page; ``kind`` is png or, smaller, jpeg."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, kind.upper(), optimize=True)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _panel(view: View, pictures: Sequence[Image], dense: View) -> Image:

@@ -65,7 +65,6 @@ class Picture:
         features: ``(n, dim)``, the tokens as the language model would get them, in the order of the prompt.
         layout: where each lies.
         text: ``(m, dim)``, the words of the same prompt, without its pictures.
-        text_ids: int64 ``(m,)``.
         after: boolean ``(m,)``: the words that stand behind the picture.
         encoded: ``(crops, 1 or 0 + patches, width)``, the encoder's own features of its crops, where the model hands them on.
         first: number of this picture's first crop among those that the encoder saw.
@@ -78,7 +77,6 @@ class Picture:
     features: torch.Tensor
     layout: Layout
     text: torch.Tensor
-    text_ids: torch.Tensor
     after: torch.Tensor
     trace: Trace | None = None
     encoded: torch.Tensor | None = None
@@ -94,6 +92,11 @@ class Picture:
         """Tokens that compete: all but separators, int64 ``(c,)`` ascending."""
         return (~self.layout.separators).nonzero()[:, 0]
 
+    @property
+    def question(self) -> torch.Tensor:
+        """The words behind the picture, ``(w, dim)``; all words where none stands behind it."""
+        return self.text[self.after] if bool(self.after.any()) else self.text
+
     def padding(self) -> torch.Tensor:
         """Tokens that show only padding, boolean ``(n,)``: bars of one colour along the edges; none without pixels."""
         gone = torch.zeros(len(self.layout), dtype=torch.bool, device=self.features.device)
@@ -105,11 +108,11 @@ class Picture:
 
     def cls(self, layer: int = -2) -> torch.Tensor:
         """Attention of the class token, float32 ``(n,)``: the sum over the patches of a token; 0 for separators."""
-        return self._pooled(self._crops("cls", layer), "sum")
+        return self.of_patches(self.recorded("cls", layer), "sum")
 
     def received(self, layer: int = -2) -> torch.Tensor:
         """Attention received from all patches, as ``cls``."""
-        return self._pooled(self._crops("received", layer), "sum")
+        return self.of_patches(self.recorded("received", layer), "sum")
 
     def salience(self, layer: int = -2) -> torch.Tensor:
         """``cls`` where the encoder has a class token, ``received`` otherwise."""
@@ -117,8 +120,8 @@ class Picture:
 
     def keys(self, layer: int = -2) -> torch.Tensor:
         """Keys of the block, mean over heads and over the patches of a token, float32 ``(n, head_dim)``."""
-        found = self._heads("keys", layer)[:, :, int(self.trace.has_class) :].float().mean(1)
-        return self._pooled(found, "mean")
+        found = self.recorded("keys", layer)[:, :, int(self.trace.has_class) :].float().mean(1)
+        return self.of_patches(found, "mean")
 
     def encoded_tokens(self) -> torch.Tensor:
         """What the projector was given, mean over the patches of a token, float32 ``(n, width)``; 0 for separators."""
@@ -149,24 +152,16 @@ class Picture:
         gone = self.layout.separators.to(values.device)
         return found.masked_fill(gone if found.dim() == 1 else gone[:, None], 0.0)
 
-    def _heads(self, kind: str, layer: int) -> torch.Tensor:
+    def recorded(self, kind: str, layer: int) -> torch.Tensor:
+        """This picture's part of what a block's attention was asked for (see ``Want``): of its crops, or of one row of all."""
         found = self.trace.get(kind, layer)
-        if self.window is not None:
-            return found[:, :, self.window[0] : self.window[1]]
-        return found[self.first : self.first + len(self.layout.shapes)]
+        if self.window is None:
+            return found[self.first : self.first + len(self.layout.shapes)]
+        return found.narrow(1 if found.dim() == 2 else 2, self.window[0], self.window[1] - self.window[0])
 
-    def _crops(self, kind: str, layer: int) -> torch.Tensor:
-        found = self.trace.get(kind, layer)
-        if self.window is not None:
-            return found[:, self.window[0] : self.window[1]]
-        return found[self.first : self.first + len(self.layout.shapes)]
-
-    def of_cells(self, values: torch.Tensor, how: str = "mean") -> torch.Tensor:
-        """Values of the encoder's patches ``(crops, patches, ...)`` as values of the tokens ``(n, ...)``, 0 for separators."""
-        return self._pooled(values, how)
-
-    def _pooled(self, values: torch.Tensor, how: str) -> torch.Tensor:
-        """Patches ``(crops, patches)`` or ``(crops, patches, width)`` to tokens ``(n)`` or ``(n, width)``."""
+    def of_patches(self, values: torch.Tensor, how: str) -> torch.Tensor:
+        """Values of the patches ``(crops, patches)`` or ``(crops, patches, width)`` as values of the tokens, float32 ``(n,)`` or
+        ``(n, width)``: the ``sum`` or ``mean`` over those that made a token; 0 for separators."""
         flat = values[..., None] if values.dim() == 2 else values
         flat = flat.float()
         if self.order is not None:  # one row of all patches, members of a cell side by side

@@ -9,15 +9,13 @@ import torch
 
 from laconic.attention.base import Call
 from laconic.cache import KVLayer
-from laconic.method import parameter
 from laconic.registry import register
-from laconic.vision.inside import InsideMethod, attention_of_last
-from laconic.vision.schedule import falling
+from laconic.vision.inside import StagedMethod, attention_of_last
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(InsideMethod):
+class PyramidDrop(StagedMethod):
     """Cuts the layers into stages and keeps the same share of a picture at the end of each, by the last token's attention.
 
     The budget is the mean over the layers. The share follows from it: with four stages and a budget of 47 % each stage keeps
@@ -26,11 +24,6 @@ class PyramidDrop(InsideMethod):
 
     id: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "PyramidDrop: Accelerating Your LVLMs via Pyramid Visual Redundancy Reduction (2024)"
-
-    stages: int = parameter(4, "groups of layers that see the same tokens", least=2, search=(3, 6))
-
-    def stays(self, n: int, layers: int) -> dict[int, int]:
-        return falling(self.budget, n, layers, self.stages)
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return attention_of_last(layer, call)

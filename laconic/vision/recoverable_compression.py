@@ -96,8 +96,7 @@ class RecoverableCompression(VisionMethod):
 
 def likeness(picture: Picture) -> torch.Tensor:
     """Cosine of each token with the mean of the words behind the picture, ``(n,)``."""
-    words = picture.text[picture.after] if bool(picture.after.any()) else picture.text
-    mean = torch.nn.functional.normalize(words.float(), dim=-1).mean(0)
+    mean = torch.nn.functional.normalize(picture.question.float(), dim=-1).mean(0)
     return torch.nn.functional.cosine_similarity(picture.features.float(), mean[None], dim=-1)
 
 

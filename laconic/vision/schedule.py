@@ -6,17 +6,19 @@ import itertools
 
 from laconic.budget import Budget
 
+FIRST = 0.75  # of the budget is what the layers before the first drop take at most, where they can be fewer
+
 
 def falling(budget: Budget, n: int, layers: int, stages: int) -> dict[int, int]:
     """After the last layer of each of ``stages`` groups but the last, how many of ``n`` tokens are left: each time the same
     share, so that the mean over the layers is the budget.
 
-    The groups are of equal length, the first ones shorter where the budget could not be met otherwise, but never empty.
+    The groups are of equal length, but the first ones shorter, never empty, where they would take too much of the budget.
     """
     mean = budget.tokens(n) / max(n, 1)
     ends = [round(layers * (i + 1) / stages) for i in range(min(stages, layers) - 1)]
     ends = sorted({min(max(end, i + 1), layers - 1) for i, end in enumerate(ends)})
-    while ends[0] > 1 and ends[0] / layers > mean / 2:
+    while ends[0] > 1 and ends[0] / layers > FIRST * mean:
         ends = sorted({max(i + 1, end - 1) for i, end in enumerate(ends)})
     low, high = 0.0, 1.0
     for _ in range(50):

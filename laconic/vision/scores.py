@@ -10,6 +10,12 @@ from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
 
 
+def scaled(values: torch.Tensor) -> torch.Tensor:
+    """Values scaled to 0..1; 0 everywhere where all are equal."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low).clamp(min=1e-12)
+
+
 def novelty(picture: Picture) -> torch.Tensor:
     """Minus the cosine with the mean of all tokens (GlobalCom2, 2025)."""
     unit = torch.nn.functional.normalize(picture.features.float(), dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laconic.errors import LaconicError
+from laconic.generation import Clock
 from laconic.models.pictures import spans
 from laconic.models.reading import open_picture, read, sees, text_side
 from laconic.recipe import Recipe
@@ -112,14 +112,14 @@ def see(
 def _view(model: torch.nn.Module, reader: Any, inputs: dict[str, Any], recipe: Recipe, limit: int) -> View:
     from laconic import apply
 
-    times: list[float] = []
-    clock = _Clock(times)
+    clock = Clock(None)
     with apply(model, recipe) as handle, torch.inference_mode():
         model(**inputs)  # what is compiled at the first call is not timed
         ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False, streamer=clock)
         stats = handle.stats()
         model(**inputs)
         pictures = shown(handle, inputs["input_ids"])
+    times = clock.times
     new = ids[0, inputs["input_ids"].shape[1] :]
     return View(
         str(recipe),
@@ -159,16 +159,3 @@ def as_seen(picture: Image, inputs: dict[str, torch.Tensor], reader: Any, number
     first = crops[0].float().cpu()
     colours = first * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return Image.fromarray((colours.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
-
-
-class _Clock:
-    """A streamer of ``generate`` that notes when tokens came."""
-
-    def __init__(self, times: list[float]) -> None:
-        self.times = times
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass

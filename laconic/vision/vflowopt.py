@@ -57,8 +57,8 @@ class VFlowOpt(VisionMethod):
     def map(self, picture: Picture) -> torch.Tensor:
         """Mean attention of the sinks to every token, ``(n,)``."""
         first = int(picture.trace.has_class)
-        query, keys = (picture._heads(kind, -2).float() for kind in ("queries", "keys"))
-        received = picture._crops("received", -2)
+        query, keys = (picture.recorded(kind, -2).float() for kind in ("queries", "keys"))
+        received = picture.recorded("received", -2)
         sums = torch.zeros_like(received)
         for crop in range(len(received)):
             voters = (received[crop] > self.sinks * received[crop].mean()).nonzero()[:, 0]
@@ -67,7 +67,7 @@ class VFlowOpt(VisionMethod):
                 continue
             logits = query[crop][:, voters + first] @ keys[crop].transpose(-1, -2) * query.shape[-1] ** -0.5
             sums[crop] = logits.softmax(-1).mean((0, 1))[first:]
-        return picture.of_cells(sums, "sum")
+        return picture.of_patches(sums, "sum")
 
     def place(self, picture: Picture, side: float) -> torch.Tensor:
         """The number of each token's cell of ``side`` x ``side``, int64 ``(n,)``; crops share cells once these are as large."""

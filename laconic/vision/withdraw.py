@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from laconic.attention.base import Call
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.primitives.scores import attention_received
 from laconic.registry import register
-from laconic.vision.inside import InsideMethod, picture_numbers
+from laconic.vision.inside import InsideMethod, attention_of, everything, pictures_in, words_behind
 
 
 @register
@@ -39,26 +36,12 @@ class Withdraw(InsideMethod):
         self.require(0 < self.at < 1, "at is a share of the layers: give more than 0 and less than 1.")
 
     def leave(self, layer: KVLayer, call: Call) -> None:
-        last = min(max(round(self.at * layer.layers), 1), layer.layers - 1) - 1
-        numbers = picture_numbers(layer)
-        if numbers is None or layer.index != last:
+        if layer.index != min(max(round(self.at * layer.layers), 1), layer.layers - 1) - 1:
             return
-        gone = torch.zeros_like(numbers, dtype=torch.bool)
-        for picture in numbers.unique().tolist():
-            if picture < 0:
-                continue
-            row = int((numbers == picture).any(-1).nonzero()[0])
-            slots = numbers[row] == picture
-            if self.attention(layer, call, row, slots) < self.threshold:
-                gone[row] |= slots
-        self.go_on(layer, ~gone)
-
-    def attention(self, layer: KVLayer, call: Call, row: int, slots: torch.Tensor) -> float:
-        """Share of the attention of the words behind a picture that its entries ``slots`` (n,) receive."""
-        behind = layer.n - 1 - int(slots.nonzero()[-1])
-        words = max(1, min(behind, call.query.shape[2]))
-        received = attention_received(
-            call.query[row : row + 1, :, -words:], layer.keys[row : row + 1], scale=call.scale, softcap=call.softcap,
-            window=call.window, starts=None if layer.starts() is None else layer.starts()[row : row + 1],
-        )  # fmt: skip
-        return float(received.mean(1)[0, slots].sum()) / words
+        stays = everything(layer)
+        for picture in pictures_in(layer):
+            given, _ = attention_of(layer, call, picture.row, words_behind(layer, picture))
+            if float(given[:, picture.slots].sum(-1).mean()) < self.threshold:
+                stays[picture.row, picture.slots] = False
+        if not bool(stays.all()):
+            self.go_on(layer, stays)

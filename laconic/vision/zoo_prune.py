@@ -12,7 +12,8 @@ from laconic.primitives.greedy import MaxRule
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
-from laconic.vision.select import pick
+from laconic.vision.scores import scaled
+from laconic.vision.select import candidates, pick
 
 EVEN = 1e-4  # sensitivities that differ by less than this share of their mean are all the same
 
@@ -37,7 +38,8 @@ class ZOOPrune(VisionMethod):
     seed: int = parameter(0, "of the random directions", search=())
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        weight = scaled(self.sensitivity(picture))
+        among, sensitivity = candidates(picture), self.sensitivity(picture)
+        weight = torch.zeros_like(sensitivity).masked_scatter(among, weights(sensitivity[among]))
         return pick(picture, picture.features, k, MaxRule(weight=weight[None]))  # the most sensitive first
 
     def sensitivity(self, picture: Picture) -> torch.Tensor:
@@ -53,9 +55,8 @@ class ZOOPrune(VisionMethod):
         return picture.of_inputs(total / self.directions)
 
 
-def scaled(sensitivity: torch.Tensor) -> torch.Tensor:
-    """Scaled to 0..1; 1 everywhere where all are the same but for rounding."""
-    low, high = sensitivity.min(), sensitivity.max()
-    if float(high - low) <= EVEN * float(sensitivity.mean()):
+def weights(sensitivity: torch.Tensor) -> torch.Tensor:
+    """Sensitivities scaled to 0..1; 1 everywhere where all are the same but for rounding."""
+    if float(sensitivity.max() - sensitivity.min()) <= EVEN * float(sensitivity.mean()):
         return torch.ones_like(sensitivity)
-    return (sensitivity - low) / (high - low)
+    return scaled(sensitivity)

@@ -38,7 +38,7 @@ def picture(
         parsed[(kind, int(layer.replace("m", "-"))) if layer else kind] = value
     given = features[None] if encoded is None else encoded
     return Picture(
-        features=features, layout=layout, text=text, text_ids=torch.arange(len(text)),
+        features=features, layout=layout, text=text,
         after=torch.ones(len(text), dtype=torch.bool), trace=FakeTrace(parsed, depth, has_class), encoded=given,
         projector=projector,
     )  # fmt: skip

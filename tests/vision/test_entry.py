@@ -128,7 +128,7 @@ def split(family: str, x: dict[str, torch.Tensor], counts: tuple[int, ...]) -> l
         for name in ("image_sizes", "image_grid_thw", "batch_num_images"):
             if name in x:
                 part[name] = x[name][done : done + count]
-        if family == "idefics3":
+        if family in ("idefics3", "smolvlm"):
             part["pixel_values"] = x["pixel_values"][row : row + 1, :count]
         elif family.startswith("qwen"):
             size = int(part["image_grid_thw"].prod(-1).sum())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 import vlm
@@ -65,7 +62,7 @@ def test_sparsevlm_and_mustdrop_go_by_the_words_behind_the_picture() -> None:
     image = pictured(x)
     first = maps("llava", x)[0][0]
     words = first[image[-1] + 1 :]
-    looks = words.amax(-1)
+    looks = words[:, image].sum(-1)  # a good rater looks at the picture
     voted = words[looks >= looks.mean()].sum(0)
     plan = falling(Budget.parse("50%"), len(image), 3, 4)
     layers = held("llava", "sparsevlm:50%", x)
@@ -102,6 +99,18 @@ def test_visiondrop_weighs_rows_and_columns() -> None:
     assert [p for p in layers[1] if p in image] == top(scores, plan[0], image)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_visiondrop_where_the_tokens_of_a_picture_see_each_other(family: str) -> None:
+    x = vlm.inputs(family, (1,))
+    image = pictured(x)
+    within = maps(family, x)[0][0][image][:, image]
+    scores = torch.zeros(x["input_ids"].shape[1])
+    scores[image] = (within / within.sum(-1, keepdim=True) * len(image)).sum(0) / len(image)  # every one sees every one
+    layers = held(family, "visiondrop:50%", x)
+    plan = falling(Budget.parse("50%"), len(image), len(layers), 4)
+    assert [p for p in layers[1] if p in image] == top(scores, plan[0], image)
+
+
 def test_visiondrop_keeps_the_same_for_every_question() -> None:
     kept = []
     for question in range(3):
@@ -125,10 +134,9 @@ def test_withdraw_leaves_when_nobody_looks_and_only_then() -> None:
 
 
 def test_transprune_changes_by_hand() -> None:
-    request: Any = SimpleNamespace(living=None, positions=torch.tensor([[-1, 0, 1, 2]]))
     generator = torch.Generator().manual_seed(0)
     given_, made = (torch.randn(1, 4, 5, generator=generator) for _ in range(2))
-    change = transition(given_, made, request)[0]
+    change = transition(given_, made, torch.tensor([[-1, 0, 1, 2]]))[0]
     turn = [1 - float(torch.dot(g, m) / g.norm() / m.norm()) for g, m in zip(given_[0, 1:], made[0, 1:], strict=True)]
     share = torch.tensor(turn).softmax(0)
     ratio = made[0, 1:].norm(dim=-1) / given_[0, 1:].norm(dim=-1)
@@ -173,6 +181,10 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_its_share(values: list[flo
     smaller = float(worth.sort(descending=True).values[: count - 1].sum())
     assert count == 1 or smaller < (1 - lost) * total
     assert count >= int(nucleus(worth, min(0.99, 2 * lost)).sum())
+
+
+def test_four_stages_at_47_percent_halve_as_in_the_paper() -> None:
+    assert falling(Budget.parse("47%"), 576, 32, 4) == {7: 289, 15: 145, 23: 73}
 
 
 @settings(max_examples=60, deadline=None)

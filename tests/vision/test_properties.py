@@ -140,3 +140,34 @@ def test_beams_write_what_stock_beams_write_when_everything_stays(name: str) -> 
             expected = model.generate(**x, **options)
             with laconic.apply(model, f"{name}:100%"):
                 assert torch.equal(model.generate(**x, **options), expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_picture_in_the_same_conversation(name: str) -> None:
+    """Its own budget, chosen as if nothing had been before; what the first turn left stays."""
+    model = prepared(name, "llava")
+    first, second = vlm.inputs("llava", (1,)), vlm.inputs("llava", (1,), seed=1)
+    x = [{k: v for k, v in turn.items() if k != "attention_mask"} for turn in (first, second)]
+    with torch.no_grad():
+        out = model(**x[0], use_cache=True)
+        expected = model(**x[1], cache=out.past_key_values).logits[:, -1]
+        for budget in ("100%", "30%") if METHODS[name].takes_budget else ("",):
+            with laconic.apply(model, recipe(name, budget)) as handle:
+                cache = model(**x[0], use_cache=True).past_key_values
+                before = [layer.n for layer in cache.layers]
+                logits = model(**x[1], cache=cache).logits[:, -1]
+                grown = [layer.n - n for layer, n in zip(handle.latest.layers, before, strict=True)]
+                assert cache.get_seq_length() == first["input_ids"].shape[1] + second["input_ids"].shape[1]
+            if budget == "100%":
+                torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            else:
+                assert grown[-1] < second["input_ids"].shape[1] and bool(logits.isfinite().all())
+
+
+def test_what_is_refused_leaves_no_hook_behind() -> None:
+    model = vlm.build("llava_siglip")
+    count = lambda: sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())  # noqa: E731
+    before = count()
+    with pytest.raises(laconic.LaconicError, match="class token"):
+        laconic.apply(model, "fastv:50% + vtc_cls:50%")
+    assert count() == before and "get_image_features" not in model.model.__dict__
