@@ -73,6 +73,24 @@ def find_eyes(model: torch.nn.Module) -> Eyes:
     return Eyes(inner, tower, projector, model.get_decoder(), image, video)
 
 
+def cell_side(eyes: Eyes) -> int:
+    """Patches along one side of what becomes one token, in encoders that see each picture as a row of a batch."""
+    config = eyes.inner.config
+    if scale := getattr(eyes.projector, "scale_factor", None):
+        return scale
+    if share := getattr(config, "downsample_ratio", None):
+        return round(1 / share)
+    if tokens := getattr(config, "mm_tokens_per_image", None):
+        return config.vision_config.image_size // config.vision_config.patch_size // round(tokens**0.5)
+    return 1
+
+
+def feature_block(eyes: Eyes, depth: int) -> int:
+    """The block of an encoder of ``depth`` blocks whose output the projector is given, the earliest where there are several."""
+    layer = getattr(eyes.inner.config, "vision_feature_layer", -1)
+    return min(number % (depth + 1) for number in (layer if isinstance(layer, list) else [layer])) - 1
+
+
 def look(eyes: Eyes, output: Any, arguments: dict[str, Any]) -> Seen:
     """How the pictures of one ``get_image_features`` call lie, from its ``output`` and the ``arguments`` that it was given."""
     pooled = output.pooler_output

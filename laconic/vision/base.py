@@ -52,6 +52,7 @@ class VisionMethod(Method):
     stage: ClassVar[str] = "vision"
     verbs: ClassVar[tuple[str, ...]] = ("drop",)
     claims: ClassVar[tuple[Claim, ...]] = PICTURE_CLAIMS
+    thins: ClassVar[bool] = False  # lets patches leave inside the encoder (see ``laconic.vision.thinning``)
 
     positions: str = parameter("keep", "keep: kept tokens stand where they stood; compact: renumbered without gaps", search=())
 

@@ -30,10 +30,14 @@ class Want:
 
 @dataclass
 class Trace:
-    """Records what is wanted while the encoder runs. ``found[want]`` has one tensor per call of the block's attention."""
+    """Records what is wanted while the encoder runs. ``found[want]`` has one tensor per call of the block's attention.
+
+    ``thinned``: patches leave between the blocks, which are watched for that.
+    """
 
     tower: torch.nn.Module
     wants: frozenset[Want]
+    thinned: bool = False
     found: dict[Want, list[torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,7 +62,7 @@ class Trace:
                 module.__dict__["_laconic_trace"] = (self, wants)
                 self._modules.append(module)
         configs = {id(m.config): m.config for block in blocks for m in block.modules() if hasattr(m, "config")}
-        for config in configs.values() if wanted else ():
+        for config in configs.values() if wanted or self.thinned else ():
             self._configs.append((config, config._attn_implementation))
             config._attn_implementation = NAME
 
@@ -123,9 +127,12 @@ def vision_attention(
     """Stands in the encoder as its attention function: fused attention, and beside it what is wanted of this block."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if "_laconic_thinning" in module.__dict__:
+        with torch.no_grad():
+            attention_mask = module.__dict__["_laconic_thinning"].see(query, key, value, attention_mask, scale)
     if "_laconic_trace" in module.__dict__:
         trace, wants = module.__dict__["_laconic_trace"]
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         with torch.no_grad():
             for want in wants:
                 trace.record(want, query, key, scale)

@@ -13,10 +13,11 @@ from laconic.cache import Request
 from laconic.errors import LaconicError
 from laconic.layers import change_tensors, take_rows
 from laconic.method import Method
-from laconic.models.pictures import Seen, find_eyes, look, spans
+from laconic.models.pictures import Seen, cell_side, feature_block, find_eyes, look, spans
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
 from laconic.vision.picture import Picture
+from laconic.vision.thinning import Thinning
 
 SHIFT = "vision.shift"  # per row: by how much later tokens are moved where positions are compact
 
@@ -44,8 +45,11 @@ class Entry:
         self._watching = False
         self._pixels: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
-        depth = len(find_blocks(self.eyes.tower))
-        self._wants = frozenset(want for method in methods for want in method.wants(depth))
+        self._depth = len(find_blocks(self.eyes.tower))
+        self._wants = frozenset(want for method in methods for want in method.wants(self._depth))
+        self._thinner = next((m for m in self.methods if m.thins and not m.budget.is_full), None)
+        if self._thinner is not None:
+            self._check_thinning(methods)
         _register()
         Trace(self.eyes.tower, self._wants).stop()  # says now what the encoder cannot give
         self._install(model)
@@ -97,17 +101,36 @@ class Entry:
         if not self._in_force():
             return original(*args, **kwargs)
         self._encoded, self._watching = None, True
-        self._trace = Trace(self.eyes.tower, self._wants)
+        self._trace = Trace(self.eyes.tower, self._wants, thinned=self._thinner is not None)
+        thinning = self._thin() if self._thinner is not None else None
         try:
             output = original(*args, **kwargs)
         finally:
             self._watching = False
             self._trace.stop()
+            if thinning is not None:
+                thinning.stop()
         self.seen = look(self.eyes, output, {**self._arguments, **given})
         pixels = given.get("pixel_values")
         self._pixels = pixels.flatten(0, -4) if isinstance(pixels, torch.Tensor) and pixels.dim() > 3 else None
         self._fresh = True
         return output
+
+    def _check_thinning(self, methods: tuple[Method, ...]) -> None:
+        name, other = self._thinner.id, next((m.id for m in methods if m.wants(self._depth)), None)
+        if hasattr(self.eyes.tower, "spatial_merge_size"):
+            raise LaconicError(
+                f"The vision encoder works on one row of all patches, from which {name} cannot take any: use hiprune or divprune."
+            )
+        if other is not None:
+            raise LaconicError(
+                f"{other} asks for attention to all patches, of which {name} takes some away: keep one of the two."
+            )
+
+    def _thin(self) -> Thinning:
+        """Lets the method that thins the encoder do so."""
+        last, budget = feature_block(self.eyes, self._depth), self._thinner.budget
+        return Thinning(self.eyes.tower, self._thinner, self._trace, cell_side(self.eyes), last, budget.tokens)
 
     def _remember(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._watching and self._encoded is None:
