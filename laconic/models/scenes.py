@@ -1,8 +1,8 @@
 """Rendered scenes: coloured shapes on textured ground, a sign to read, padding bars, and questions about them.
 
 Everything follows from a random generator, so that a seed is a data set. Nothing here needs torch; pictures need Pillow.
-Things have dark rims, as in drawings, and stand on the grid of patches give or take a pixel: a small vision tower then learns to
-tell their shapes in minutes, where free places and bare colours took hours.
+Things have dark rims, as in drawings; they and signs stand on the grid of patches give or take a pixel: a small vision tower then
+learns to tell their shapes in minutes, where free places and bare colours took hours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ WORDS = (
 )  # fmt: skip
 TYPES = ("colour", "count", "position", "comparison", "reading", "existence")
 RADII = (13, 20, 27)  # of things, in pixels, give or take 7 %: two, three and four patches wide
-RIM = 2  # pixels of the dark line around a thing
 INK = (20, 20, 30)
 MOST = 4  # of one kind that are counted
 BAR = (122, 116, 104)  # what a letterboxed picture is filled up with: the mean colour of CLIP's normalisation
@@ -86,8 +85,9 @@ class Scene:
         picture = Image.fromarray(_ground(self.side, self.texture))
         for thing in self.things:
             mask = _mask(thing)
+            rim = 1 if thing.radius < 16 else 2  # pixels of a dark line around it
             picture.paste(INK, _corner(thing, mask), mask)
-            picture.paste(COLOURS[thing.colour], _corner(thing, mask), mask.filter(ImageFilter.MinFilter(2 * RIM + 1)))
+            picture.paste(COLOURS[thing.colour], _corner(thing, mask), mask.filter(ImageFilter.MinFilter(2 * rim + 1)))
         draw = ImageDraw.Draw(picture)
         if self.sign is not None:
             left, top, right, bottom = self.sign.box
@@ -147,7 +147,7 @@ def make_scene(rng: np.random.Generator, side: int = SIDE, things: tuple[int, in
         if sum(t.shape == shape for t in found) >= MOST or sum(t.colour == colour for t in found) >= MOST:
             continue
         radius = float(rng.choice(RADII) * rng.uniform(0.93, 1.07))
-        at = _place(rng, side, bars, boxes, radius, radius, snap=True)
+        at = _place(rng, side, bars, boxes, radius, radius)
         if at is not None:
             found.append(Thing(shape, colour, *at, radius, float(rng.uniform(-3, 3))))
     return Scene(side, tuple(found), plate, bars, int(rng.integers(1 << 31)))
@@ -262,23 +262,17 @@ def _bars(rng: np.random.Generator, side: int) -> tuple[int, int, int, int]:
     return [(0, 0, 0, 0), (bar, 0, bar, 0), (0, bar, 0, bar)][kind]
 
 
-def _place(
-    rng, side: int, bars: tuple, boxes: list, half_width: float, half_height: float, snap: bool = False
-) -> tuple[float, float] | None:
-    """A free centre for a box of these halves, two pixels from all others; None after some tries.
-
-    ``snap``: on the grid of patches, so that the box covers whole ones, give or take a pixel.
-    """
+def _place(rng, side: int, bars: tuple, boxes: list, half_width: float, half_height: float) -> tuple[float, float] | None:
+    """A free centre for a box of these halves, so that it covers whole patches, give or take a pixel; None after some tries."""
     low = (bars[0] + half_width + 2, bars[1] + half_height + 2)
     high = (side - bars[2] - half_width - 2, side - bars[3] - half_height - 2)
     if low[0] >= high[0] or low[1] >= high[1]:
         return None
     for _ in range(30):
-        x, y = float(rng.uniform(low[0], high[0])), float(rng.uniform(low[1], high[1]))
-        if snap:
-            x, y = (_snapped(v, half_width) + float(rng.uniform(-1, 1)) for v in (x, y))
-            if not (low[0] - 2 <= x <= high[0] + 2 and low[1] - 2 <= y <= high[1] + 2):
-                continue
+        x = _snapped(rng.uniform(low[0], high[0]), half_width) + float(rng.uniform(-1, 1))
+        y = _snapped(rng.uniform(low[1], high[1]), half_height) + float(rng.uniform(-1, 1))
+        if not (low[0] - 2 <= x <= high[0] + 2 and low[1] - 2 <= y <= high[1] + 2):
+            continue
         if all(abs(x - bx) > half_width + bw + 2 or abs(y - by) > half_height + bh + 2 for bx, by, bw, bh in boxes):
             boxes.append((x, y, half_width, half_height))
             return x, y
