@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from laconic.primitives.greedy import MaxRule, most_isolated
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
-from laconic.vision.select import candidates, pick
+from laconic.vision.select import farthest
 
 
 @register
@@ -27,5 +26,4 @@ class DivPrune(VisionMethod):
     paper: ClassVar[str] = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (2025)"
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        first = most_isolated(picture.features[None], candidates(picture)[None])
-        return pick(picture, picture.features, k, MaxRule(), first)
+        return farthest(picture, torch.ones(len(picture.layout), device=picture.features.device), k, picture.cells)

@@ -13,8 +13,7 @@ from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
-from laconic.vision.scores import scaled
-from laconic.vision.select import top
+from laconic.vision.select import scaled, top
 
 FLOOR = 1e-6
 STEP = 8  # background tokens that go in a round

@@ -12,7 +12,7 @@ from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
-from laconic.vision.regions import share_out, stretches, top_of_regions
+from laconic.vision.regions import by_worth, pieces_of, share_out, stretches, top_of_regions
 
 
 @register
@@ -43,13 +43,12 @@ class HoloV(VisionMethod):
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
         cells = picture.cells
         attention = picture.salience(-2)
-        members = stretches(cells, self.pieces or max(1, 16 * len(cells) // (9 * k)))
+        members = stretches(cells, self.pieces or pieces_of(len(cells), k))
         score = attention.clone()
         for part in members:
             score[part] += self.variety * variety_of(picture.features[part], attention[part])
-        means = torch.stack([score[part].mean() for part in members])
-        caps = torch.tensor([len(part) for part in members], device=means.device)
-        quotas = share_out(means.clamp(min=0), k, caps)
+        caps = torch.tensor([len(part) for part in members], device=score.device)
+        quotas = share_out(by_worth(members, score, total=False), k, caps)
         return top_of_regions(score if self.rank_by == "score" else attention, members, quotas)
 
 

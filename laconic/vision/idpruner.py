@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 
 from laconic.method import parameter
-from laconic.primitives.greedy import MaxRule
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
-from laconic.vision.scores import SCORES, scaled, wants_of
-from laconic.vision.select import candidates, pick
+from laconic.vision.scores import SCORES, wants_of
+from laconic.vision.select import relevant
 
 
 @register
@@ -41,9 +40,4 @@ class IDPruner(VisionMethod):
         return wants_of(self.score_by)
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        among = candidates(picture)
-        worth = SCORES[self.score_by](picture)
-        worth = torch.zeros_like(worth).masked_scatter(among, scaled(worth[among]))
-        first = worth.masked_fill(~among, -1.0).argmax()
-        rule = MaxRule(weight=1 - self.share, offset=self.share * worth[None])
-        return pick(picture, picture.features, k, rule, first)
+        return relevant(picture, SCORES[self.score_by](picture), k, picture.cells, self.share)

@@ -36,7 +36,7 @@ class MMTok(VisionMethod):
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
         among = candidates(picture)
         matrix = torch.cat([self._words(picture, among), self.share * self._tokens(picture, among)])
-        return pick(picture, matrix.mT, k, CoverageRule())
+        return pick(matrix.mT, k, CoverageRule(), picture.cells)
 
     def _words(self, picture: Picture, among: torch.Tensor) -> torch.Tensor:
         """How well each token covers each word, ``(m, n)``; the rows sum to 1 / m."""

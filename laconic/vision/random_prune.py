@@ -12,6 +12,7 @@ from laconic.method import parameter
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
+from laconic.vision.select import at_random
 
 
 @register
@@ -28,6 +29,5 @@ class RandomPrune(VisionMethod):
 
     seed: int = parameter(0, "of the random numbers", search=())
 
-    def score(self, picture: Picture) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + picture.number)
-        return torch.rand(len(picture.layout), generator=generator).to(picture.features.device)
+    def choose(self, picture: Picture, k: int) -> torch.Tensor:
+        return at_random(picture, k, picture.cells, self.seed)

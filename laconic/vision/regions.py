@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from laconic.primitives.allocate import largest_remainder
-from laconic.vision.picture import Layout
+from laconic.vision.picture import Layout, Picture
 from laconic.vision.select import top
 
 
@@ -27,6 +29,43 @@ def crop_members(layout: Layout) -> list[torch.Tensor]:
 def stretches(among: torch.Tensor, count: int) -> list[torch.Tensor]:
     """``among`` (c,) cut into ``count`` pieces, the first ones a token longer where it does not divide."""
     return list(torch.tensor_split(among, max(1, min(count, len(among)))))
+
+
+def pieces_of(cells: int, k: int) -> int:
+    """How many stretches HoloV (2025) cuts ``cells`` tokens into: one holds about half as many tokens as are kept."""
+    return max(1, 16 * cells // (9 * k))
+
+
+def by_size(picture: Picture, worth: torch.Tensor, k: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The crops, each weighing as much as it has tokens."""
+    members = crop_members(picture.layout)
+    return members, torch.tensor([float(len(part)) for part in members], device=worth.device)
+
+
+def by_worth(members: list[torch.Tensor], worth: torch.Tensor, total: bool) -> torch.Tensor:
+    """The sum, or else the mean, of each region's worth, counted from 0 or from the lowest token's where that is below 0."""
+    worth = worth - min(0.0, *(float(worth[part].min()) for part in members if len(part)))
+    return torch.stack([worth[part].sum() if total else worth[part].mean() for part in members]).nan_to_num(0.0)
+
+
+def salient_crops(picture: Picture, worth: torch.Tensor, k: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The crops, each weighing what its tokens are worth together (HiRED, 2024)."""
+    members = crop_members(picture.layout)
+    return members, by_worth(members, worth, total=True)
+
+
+def salient_stretches(picture: Picture, worth: torch.Tensor, k: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Stretches of tokens, each weighing what its tokens are worth in the mean (HoloV, 2025)."""
+    members = stretches(picture.cells, pieces_of(len(picture.cells), k))
+    return members, by_worth(members, worth, total=False)
+
+
+REGIONS: dict[str, Callable[[Picture, torch.Tensor, int], tuple[list[torch.Tensor], torch.Tensor]]] = {
+    "whole": lambda picture, worth, k: ([picture.cells], torch.ones(1, device=worth.device)),
+    "crops": by_size,
+    "salient_crops": salient_crops,
+    "salient_stretches": salient_stretches,
+}
 
 
 def place_in_whole(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:

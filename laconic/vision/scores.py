@@ -10,12 +10,6 @@ from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
 
 
-def scaled(values: torch.Tensor) -> torch.Tensor:
-    """Values scaled to 0..1; 0 everywhere where all are equal."""
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low).clamp(min=1e-12)
-
-
 def novelty(picture: Picture) -> torch.Tensor:
     """Minus the cosine with the mean of all tokens (GlobalCom2, 2025)."""
     unit = torch.nn.functional.normalize(picture.features.float(), dim=-1)
@@ -35,12 +29,18 @@ def text(picture: Picture) -> torch.Tensor:
     return (unit @ words.t()).amax(-1)
 
 
+def even(picture: Picture) -> torch.Tensor:
+    """1 for every token: the selection alone decides."""
+    return torch.ones(len(picture.layout), device=picture.features.device)
+
+
 SCORES: dict[str, Callable[[Picture], torch.Tensor]] = {
     "salience": lambda picture: picture.salience(-2),
     "received": lambda picture: picture.received(-2),
     "novelty": novelty,
     "norm": norm,
     "text": text,
+    "none": even,
 }
 
 

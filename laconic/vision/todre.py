@@ -13,7 +13,7 @@ from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
-from laconic.vision.select import candidates, pick
+from laconic.vision.select import best, pick
 
 VARIANTS = ("sum", "kcenter")
 
@@ -41,6 +41,5 @@ class ToDRE(VisionMethod):
         return {Want("salience", -1)}
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        whole = candidates(picture) & (picture.layout.crop == 0)
-        first = picture.salience(-1).masked_fill(~whole, float("-inf")).argmax()
-        return pick(picture, picture.features, k, SumRule() if self.variant == "sum" else MaxRule(), first)
+        first = best(picture.salience(-1), (picture.layout.crop == 0).nonzero()[:, 0])
+        return pick(picture.features, k, SumRule() if self.variant == "sum" else MaxRule(), picture.cells, first)

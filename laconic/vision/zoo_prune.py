@@ -8,14 +8,10 @@ from typing import ClassVar
 import torch
 
 from laconic.method import parameter
-from laconic.primitives.greedy import MaxRule
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
-from laconic.vision.scores import scaled
-from laconic.vision.select import candidates, pick
-
-EVEN = 1e-4  # sensitivities that differ by less than this share of their mean are all the same
+from laconic.vision.select import different
 
 
 @register
@@ -38,9 +34,7 @@ class ZOOPrune(VisionMethod):
     seed: int = parameter(0, "of the random directions", search=())
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        among, sensitivity = candidates(picture), self.sensitivity(picture)
-        weight = torch.zeros_like(sensitivity).masked_scatter(among, weights(sensitivity[among]))
-        return pick(picture, picture.features, k, MaxRule(weight=weight[None]))  # the most sensitive first
+        return different(picture, self.sensitivity(picture), k, picture.cells)  # the most sensitive first
 
     def sensitivity(self, picture: Picture) -> torch.Tensor:
         """Mean norm of the projection's change per unit of nudge, float32 ``(n,)``; 0 for separators."""
@@ -53,10 +47,3 @@ class ZOOPrune(VisionMethod):
             change = (picture.project(given + nudge) - picture.project(given - nudge)).norm(dim=-1) / (2 * self.step)
             total = change if total is None else total + change
         return picture.of_inputs(total / self.directions)
-
-
-def weights(sensitivity: torch.Tensor) -> torch.Tensor:
-    """Sensitivities scaled to 0..1; 1 everywhere where all are the same but for rounding."""
-    if float(sensitivity.max() - sensitivity.min()) <= EVEN * float(sensitivity.mean()):
-        return torch.ones_like(sensitivity)
-    return scaled(sensitivity)

@@ -17,8 +17,9 @@ from laconic.vision.holov import variety_of
 from laconic.vision.mmtok import coverage
 from laconic.vision.picture import grid
 from laconic.vision.regions import whole_cells_of_parts
+from laconic.vision.select import spread_out
 from laconic.vision.token_corr import density
-from laconic.vision.zoo_prune import ZOOPrune, weights
+from laconic.vision.zoo_prune import ZOOPrune
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -166,7 +167,8 @@ def test_zoo_sensitivity_is_the_length_of_the_jacobian_along_random_directions()
     jacobians = [torch.autograd.functional.jacobian(projector, x) for x in given[0]]
     exact = torch.stack([torch.stack([(j @ u).norm() for u in nudges]).mean() for j in jacobians]).float()
     torch.testing.assert_close(method.sensitivity(made), exact, atol=1e-3, rtol=1e-3)
-    assert torch.equal(weights(torch.full((5,), 2.0) + 1e-6 * rand(5)), torch.ones(5))  # a linear projector reacts to all alike
+    nearly = torch.full((5,), 2.0) + 1e-6 * rand(5)
+    assert torch.equal(spread_out(nearly, torch.arange(5)), torch.ones(5))  # a linear projector reacts to all alike
 
 
 def test_idpruner_at_its_ends() -> None:
