@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from laconic.evaluation.memory import PeakMemory
+
 Say = Callable[[str], None]
 
 
@@ -78,3 +80,10 @@ def interleave(
 def milliseconds(times: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of every step, in ms."""
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def peak(step: Callable[[int], Any]) -> tuple[Any, int, str]:
+    """Result, peak bytes above what was in use, and how they were taken; ``step`` has run before, so no compiler counts."""
+    with PeakMemory() as memory:
+        result = step(0)
+    return result, memory.bytes, memory.source

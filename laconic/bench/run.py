@@ -24,6 +24,8 @@ SUMMARIES = {
     "cache_reduction": "memory of a cache of 131,072 tokens in which only retrieval heads keep everything, against dense",
     "column_sums": "attention received per key at 16,384 tokens, against eager attention maps",
     "greedy_selection": "10 % of 2,880 image tokens picked greedily by every rule, against the formulas in plain torch",
+    "encoder_scores": "what 2,880 patches receive of a vision encoder's attention, against eager attention maps",
+    "picture_prefill": "first token of a 4-layer slice of LLaVA-1.5-7B on 576 and 2,880 image tokens, 11.1 % kept, against stock",
     "import_time": "time of `import laconic` beyond `import torch`",
 }
 PACKAGES = ("laconic", "torch", "transformers", "numba", "triton")

@@ -24,6 +24,8 @@ CONDITIONS = {
     "greedy_selection": {
         f"same_picks_{rule}" for rule in ("divprune", "k_center", "mmr", "max_sum", "coverage", "determinant")
     },
+    "encoder_scores": {"class_token", "memory", "same_output"},
+    "picture_prefill": {"overhead", "cache"},
     "import_time": set(),
 }
 
@@ -55,7 +57,7 @@ def test_outcome_is_well_formed(name: str, outcomes: dict[str, dict[str, Any]]) 
     assert row["machine"]["cores"] >= 1 and row["machine"]["versions"]["torch"]
 
 
-@pytest.mark.parametrize("name", ["dense_decode", "decode_step", "decode_memory", "column_sums"])
+@pytest.mark.parametrize("name", ["dense_decode", "decode_step", "decode_memory", "column_sums", "encoder_scores"])
 def test_both_sides_compute_the_same(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
     conditions = outcomes[name]["conditions"]
     assert conditions.get("same_output", True) and conditions.get("same_tokens", True)
@@ -67,6 +69,15 @@ def test_fewer_tokens_are_read_and_8_bits_read_fewer_bytes(outcomes: dict[str, d
     assert int8["bytes_read"] < exact["bytes_read"] < detail["cache_bytes"]
     assert int8["share_of_exact_mass"] >= 0.99
     assert exact["attention_mass"] < 1
+
+
+def test_the_cache_holds_what_is_left_of_the_pictures(outcomes: dict[str, dict[str, Any]]) -> None:
+    for number, sizes in outcomes["picture_prefill"]["detail"]["pictures"].items():
+        tokens, rows = sizes["tokens"], sizes["rows"]
+        left = tokens - int(number) * (36 - 4)  # 11.1 % of 36 tokens are 4
+        assert rows["stock"]["cache_share"] == 1
+        assert all(rows[name]["cache_share"] == pytest.approx(left / tokens) for name in ("random_prune", "divprune", "flowcut"))
+        assert left / tokens < rows["fastv"]["cache_share"] < 1
 
 
 def test_the_written_tokens_vary(outcomes: dict[str, dict[str, Any]]) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from laconic import kernels
-from laconic.bench.figure import Figure, Say, interleave, milliseconds
+from laconic.bench.figure import Figure, Say, interleave, milliseconds, peak
 from laconic.bench.steps import Shape
-from laconic.evaluation.memory import PeakMemory
 
 GOAL = ">= 3x faster than eager attention maps, in <= 5 % of the map's bytes"
 RATIO, MEMORY_SHARE, TOLERANCE = 3.0, 0.05, 1e-4
@@ -31,10 +28,10 @@ def run(quick: bool, say: Say) -> Figure:
         return kernels.column_sums(query, keys, scale=shape.scale)
 
     times = interleave({"eager": eager, "ours": ours}, repeats=repeats, say=say)
-    (found, peak, source), (expected, eager_peak, _) = _peak(ours), _peak(eager)
+    (found, used, source), (expected, eager_peak, _) = peak(ours), peak(eager)
     difference = float(((found - expected).abs() / expected.clamp(min=1e-3)).max())
     ms, map_bytes = milliseconds(times), 4 * shape.heads * shape.tokens**2
-    share = peak / map_bytes
+    share = used / map_bytes
     return Figure(
         ours=ms["ours"],
         reference=ms["eager"],
@@ -49,7 +46,7 @@ def run(quick: bool, say: Say) -> Figure:
             "dtype": "float32",
             "map_bytes": map_bytes,
             "share_of_map_bytes": share,
-            "peak_bytes": {"ours": peak, "eager": eager_peak},
+            "peak_bytes": {"ours": used, "eager": eager_peak},
             "memory_source": source,
             "largest_relative_difference": difference,
             "repeats": repeats,
@@ -64,10 +61,3 @@ def eager_column_sums(query: torch.Tensor, keys: torch.Tensor, mask: torch.Tenso
     logits = query @ keys.transpose(2, 3) * scale
     logits = logits + mask
     return logits.softmax(-1, dtype=torch.float32).sum(2)
-
-
-def _peak(step: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, int, str]:
-    """Result, peak bytes above what was in use, and how they were taken; ``step`` has run before, so no compiler counts."""
-    with PeakMemory() as memory:
-        result = step(0)
-    return result, memory.bytes, memory.source
