@@ -2,7 +2,8 @@
 
 The curriculum starts with few things in pictures of 4 x 4 patches, a window of the full grid, and goes to 24 x 24 and more
 things in steps, each when colours are named right: with larger steps, attention that is spread over all patches stays spread.
-Each scene carries several questions in one sequence, which see the picture and themselves but not each other. While training,
+Each scene carries several questions in one sequence, which see the picture and themselves but not each other; in a quarter of
+the batches they are a conversation, in which each sees those before. While training,
 small extra heads name what each patch shows and what the class token has seen, as pretraining would have taught; the first eighth
 of the time the encoder learns that alone, on crowded pictures. The heads are not saved; state is, beside the model, so that a
 stopped run goes on.
@@ -36,6 +37,7 @@ PATCHES = 1152  # in a batch, about
 MOST = 64  # scenes in a batch
 RATE, RATE_ALONE = 1e-3, 2e-3
 GROUND = 0.1  # weight of patches that show nothing among those that the encoder is asked about
+CHAT = 0.25  # share of the batches in which the questions about a scene are one conversation
 IGNORED = -100
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
 FACTS = {  # what each patch is asked: kinds of answers, 0 for none
@@ -119,6 +121,7 @@ class Batch:
     places: torch.Tensor  # (batch, 1 + patches): rows of the position table, 0 the class token's
     ids: torch.Tensor  # (batch, text)
     block: torch.Tensor  # (batch, text): which question a token belongs to, -1 for the beginning, -2 for padding
+    chat: bool  # whether questions see those before them
     positions: torch.Tensor  # (batch, 1 + patches + text) of the language model
     answers: torch.Tensor  # (batch, text): the token that follows where it is asked for, IGNORED elsewhere
     types: np.ndarray  # (batch, questions) of TYPES
@@ -171,7 +174,7 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
     grid = (corner[:, :1, None] + np.arange(n)[:, None]) * full + corner[:, 1:, None] + np.arange(n)
     places = np.concatenate([np.zeros((len(scenes), 1), int), 1 + grid.reshape(len(scenes), -1)], axis=1)
     rows = [[tokenizer(f"{q.text} {q.answer} <eos>", add_special_tokens=False)["input_ids"] for q in qs] for qs in asked]
-    longest = max(sum(map(len, row)) for row in rows)
+    longest, chat = max(sum(map(len, row)) for row in rows), bool(rng.random() < CHAT)
     ids, block = np.zeros((len(rows), longest), int), np.full((len(rows), longest), -2)
     answers, places_of_text = np.full((len(rows), longest), IGNORED), np.zeros((len(rows), longest), int)
     for r, (row, questions) in enumerate(zip(rows, asked, strict=True)):
@@ -179,15 +182,15 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
         for i, (tokens, question) in enumerate(zip(row, questions, strict=True)):
             end, spoken = at + len(tokens), len(question.answer.split()) + 1
             ids[r, at:end], block[r, at:end] = tokens, i
-            places_of_text[r, at:end] = np.arange(1 + full * full, 1 + full * full + len(tokens))
+            places_of_text[r, at:end] = 1 + full * full + np.arange(len(tokens)) + (at if chat else 0)
             answers[r, end - spoken - 1 : end - 1] = tokens[-spoken:]
             at = end
     positions = np.concatenate([places, places_of_text], axis=1)  # the language model, too, sees a window of the full grid
     most = max(map(len, asked))
     types = np.array([[TYPES.index(q.type) for q in qs] + [-1] * (most - len(qs)) for qs in asked])
     facts, kinds, sign = label(scenes)
-    return Batch(torch.from_numpy(pixels).float(), *map(torch.from_numpy, (places, ids, block, positions, answers)),
-                 types, facts, kinds, sign)  # fmt: skip
+    places, ids, block, positions, answers = map(torch.from_numpy, (places, ids, block, positions, answers))
+    return Batch(torch.from_numpy(pixels).float(), places, ids, block, chat, positions, answers, types, facts, kinds, sign)
 
 
 def label(scenes: list[Scene]) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
@@ -250,7 +253,7 @@ def losses(model, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     hidden = torch.cat([begin, model.model.multi_modal_projector(features), words(batch.ids)], dim=1)
     before = hidden.shape[1] - batch.ids.shape[1]
     block = torch.cat([torch.full((len(batch.ids), before), -1), batch.block], dim=1)
-    own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1)
+    own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1) | (block[:, None] >= 0 if batch.chat else False)
     causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
     hidden = model.model.language_model(
         inputs_embeds=hidden, attention_mask=(own & causal)[:, None], position_ids=batch.positions, use_cache=False
