@@ -1,12 +1,12 @@
 """Train the built-in `shapes` model: ``python -m laconic.models.train_shapes --out DIR``.
 
 The curriculum starts with few things in pictures of 4 x 4 patches, a window of the full grid, and goes to 24 x 24 and more
-things in steps, each when colours are named right: with larger steps, attention that is spread over all patches stays spread.
+things in steps, each when most answers are right: with larger steps, attention that is spread over all patches stays spread.
 Each scene carries several questions in one sequence, which see the picture and themselves but not each other; in a quarter of
-the batches they are a conversation, in which each sees those before. While training,
-small extra heads name what each patch shows and what the class token has seen, as pretraining would have taught; the first eighth
-of the time the encoder learns that alone, on crowded pictures. The heads are not saved; state is, beside the model, so that a
-stopped run goes on.
+the batches they are a conversation, in which each sees those before. While training, small extra heads name what each patch shows
+and what the class token has seen, as pretraining would have taught, and half-way up the language model where the thing lies that
+a word names and how large it is, without which two things are not compared for a long time. The first eighth of the time the
+encoder learns alone, on crowded pictures. The heads are not saved; state is, beside the model, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from laconic.models.scenes import CELL, COLOURS, RADII, SHAPES, SIDE, TYPES, WORDS, Scene, ask, covered, make_scene
+from laconic.models.scenes import CELL, COLOURS, RADII, SHAPES, SIDE, TYPES, WORDS, Scene, Thing, ask, covered, make_scene
 from laconic.models.shapes_processor import make_processor, vocabulary
 
-# pixels of the pictures and the most things in them, one stage after another: first the ground grows, then what stands on it
-STAGES = ((56, 2), (84, 3), (112, 3), (140, 4), (168, 5), (224, 5), (280, 6), (SIDE, 8))
-ALONE = ((0.08, (SIDE // 2, 9)), (0.13, (SIDE, 16)))  # share of the time up to which the encoder learns alone, and on what
-PASS = 0.9  # share of colours named right that opens the next stage: then things are found by their shapes
+# pixels of the pictures, the most things in them, and pictures in a batch, one stage after another: first the ground grows,
+# then what stands on it
+STAGES = ((56, 2, 64), (84, 3, 64), (112, 3, 36), (140, 4, 24), (168, 5, 16), (224, 5, 9), (280, 6, 6), (SIDE, 8, 4))
+ALONE = ((0.08, (SIDE // 2, 9, 8)), (0.13, (SIDE, 16, 2)))  # share of the time up to which the encoder learns alone, and on what
+PASS = 0.8  # share of answers right, mean over the types of questions, that opens the next stage
 LATEST = 0.7  # share of the time by which the last stage begins in any case
 PER_SCENE = 8  # questions
-PATCHES = 1152  # in a batch, about
-MOST = 64  # scenes in a batch
 RATE, RATE_ALONE = 1e-3, 2e-3
 GROUND = 0.1  # weight of patches that show nothing among those that the encoder is asked about
 CHAT = 0.25  # share of the batches in which the questions about a scene are one conversation
@@ -43,6 +42,8 @@ MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954,
 FACTS = {  # what each patch is asked: kinds of answers, 0 for none
     "shape": len(SHAPES) + 2, "colour": len(COLOURS) + 1, "middle": 2, "size": 4, "word": len(WORDS) + 1, "tens": 11, "ones": 11,
 }  # fmt: skip
+NAMED = {"row": SIDE // CELL, "column": SIDE // CELL, "size": len(RADII)}  # what a word that names a thing is asked
+HALF_WAY = 2  # the layer of the language model after which it is asked
 
 
 def build_model():
@@ -89,8 +90,9 @@ def grid_positions(side: int, width: int) -> torch.Tensor:
 class Heads(torch.nn.Module):
     """What patches and the class token are asked while training."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, words: int) -> None:
         super().__init__()
+        self.named = torch.nn.Linear(words, sum(NAMED.values()))
         self.patch = torch.nn.Linear(width, sum(FACTS.values()))
         kinds = len(SHAPES) * len(COLOURS)
         self.seen = torch.nn.Linear(width, kinds + sum(FACTS[name] for name in ("word", "tens", "ones")))
@@ -102,7 +104,8 @@ class Heads(torch.nn.Module):
         for (name, kinds), logits in zip(FACTS.items(), parts, strict=True):
             weight = torch.ones(kinds)
             weight[0] = GROUND  # most patches show nothing
-            total = total + cross_entropy(logits.flatten(0, 1), batch.facts[name].flatten(), weight, ignore_index=IGNORED)
+            if bool((batch.facts[name] != IGNORED).any()):  # a batch may be without a sign
+                total = total + cross_entropy(logits.flatten(0, 1), batch.facts[name].flatten(), weight, ignore_index=IGNORED)
         kinds = batch.kinds.shape[1]
         seen = self.seen(token).float()
         total = total + 10 * binary_cross_entropy_with_logits(seen[:, :kinds], batch.kinds)
@@ -111,6 +114,14 @@ class Heads(torch.nn.Module):
             logits, begin = seen[:, begin : begin + FACTS[name]], begin + FACTS[name]
             total = total + 0.5 * cross_entropy(logits, batch.sign[name])
         return total
+
+    def naming(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Sum of the cross entropies at the words that name a thing, of the language model's ``hidden`` (batch, text, width)."""
+        asked = batch.named[..., 0] != IGNORED
+        if not bool(asked.any()):
+            return hidden.new_zeros(())
+        parts = self.named(hidden[asked].float()).split(list(NAMED.values()), dim=-1)
+        return sum(cross_entropy(logits, target) for logits, target in zip(parts, batch.named[asked].unbind(-1), strict=True))
 
 
 @dataclass
@@ -124,6 +135,7 @@ class Batch:
     chat: bool  # whether questions see those before them
     positions: torch.Tensor  # (batch, 1 + patches + text) of the language model
     answers: torch.Tensor  # (batch, text): the token that follows where it is asked for, IGNORED elsewhere
+    named: torch.Tensor  # (batch, text, 3): row, column and size of the only thing of the shape that a word names, or IGNORED
     types: np.ndarray  # (batch, questions) of TYPES
     facts: dict[str, torch.Tensor]
     kinds: torch.Tensor
@@ -140,8 +152,8 @@ class SceneMaker:
         self._ready: queue.Queue = queue.Queue(maxsize=4)
         threading.Thread(target=self._work, daemon=True).start()
 
-    def batch(self, stage: tuple[int, int]) -> Batch:
-        """The next batch of pictures of a stage: pixels of a side and the most things."""
+    def batch(self, stage: tuple[int, int, int]) -> Batch:
+        """The next batch of a stage: pixels of a side, the most things, and how many pictures."""
         self.stage = stage
         while True:
             made, batch = self._ready.get()
@@ -153,9 +165,9 @@ class SceneMaker:
             stage = self.stage
             self._ready.put((stage, self._make(*stage)))
 
-    def _make(self, side: int, most: int) -> Batch:
+    def _make(self, side: int, most: int, count: int) -> Batch:
         scenes, asked = [], []
-        while len(scenes) < min(MOST, max(2, PATCHES // (side // CELL) ** 2)):
+        while len(scenes) < count:
             scene = make_scene(self.rng, side, (2, most))
             questions = [q for i in range(2 * PER_SCENE) if (q := ask(scene, self.rng, TYPES[i % len(TYPES)]))]
             if len(questions) >= 3:
@@ -177,6 +189,7 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
     longest, chat = max(sum(map(len, row)) for row in rows), bool(rng.random() < CHAT)
     ids, block = np.zeros((len(rows), longest), int), np.full((len(rows), longest), -2)
     answers, places_of_text = np.full((len(rows), longest), IGNORED), np.zeros((len(rows), longest), int)
+    named = np.full((len(rows), longest, len(NAMED)), IGNORED)
     for r, (row, questions) in enumerate(zip(rows, asked, strict=True)):
         at = 0
         for i, (tokens, question) in enumerate(zip(row, questions, strict=True)):
@@ -184,13 +197,30 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
             ids[r, at:end], block[r, at:end] = tokens, i
             places_of_text[r, at:end] = 1 + full * full + np.arange(len(tokens)) + (at if chat else 0)
             answers[r, end - spoken - 1 : end - 1] = tokens[-spoken:]
+            named[r, at : end - spoken] = naming(scenes[r], question.text, corner[r])
             at = end
     positions = np.concatenate([places, places_of_text], axis=1)  # the language model, too, sees a window of the full grid
     most = max(map(len, asked))
     types = np.array([[TYPES.index(q.type) for q in qs] + [-1] * (most - len(qs)) for qs in asked])
     facts, kinds, sign = label(scenes)
-    places, ids, block, positions, answers = map(torch.from_numpy, (places, ids, block, positions, answers))
-    return Batch(torch.from_numpy(pixels).float(), places, ids, block, chat, positions, answers, types, facts, kinds, sign)
+    places, ids, block, positions, answers, named = map(torch.from_numpy, (places, ids, block, positions, answers, named))
+    return Batch(torch.from_numpy(pixels).float(), places, ids, block, chat, positions, answers, named, types, facts, kinds, sign)
+
+
+def naming(scene: Scene, text: str, corner: np.ndarray) -> np.ndarray:
+    """``(words, 3)``: row and column in the whole grid, and size, of the one thing that a word names, or IGNORED."""
+    words = text.replace("?", "").replace(",", "").split()
+    found = np.full((len(words), len(NAMED)), IGNORED)
+    for i, word in enumerate(words):
+        things = [thing for thing in scene.things if thing.shape == word]
+        if len(things) == 1:
+            found[i] = corner[0] + things[0].y // CELL, corner[1] + things[0].x // CELL, size_of(things[0])
+    return found
+
+
+def size_of(thing: Thing) -> int:
+    """Which of RADII it has."""
+    return sum(thing.radius > 1.2 * radius for radius in RADII[:-1])
 
 
 def label(scenes: list[Scene]) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
@@ -204,7 +234,7 @@ def label(scenes: list[Scene]) -> tuple[dict[str, torch.Tensor], torch.Tensor, d
             cells = covered(thing, n)
             shape, colour = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)
             facts["shape"][i][cells], facts["colour"][i][cells] = shape + 1, colour + 1
-            facts["size"][i][cells] = 1 + sum(thing.radius > 1.2 * radius for radius in RADII[:-1])
+            facts["size"][i][cells] = 1 + size_of(thing)
             facts["middle"][i][int(thing.y // CELL), int(thing.x // CELL)] = 1
             kinds[i, shape, colour] = 1
         plate = scene.cells("sign")
@@ -255,9 +285,13 @@ def losses(model, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     block = torch.cat([torch.full((len(batch.ids), before), -1), batch.block], dim=1)
     own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1) | (block[:, None] >= 0 if batch.chat else False)
     causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
+    middle: list[torch.Tensor] = []
+    hook = model.model.language_model.layers[HALF_WAY].register_forward_hook(lambda _m, _a, out: middle.append(out))
     hidden = model.model.language_model(
         inputs_embeds=hidden, attention_mask=(own & causal)[:, None], position_ids=batch.positions, use_cache=False
     ).last_hidden_state[:, before:]
+    hook.remove()
+    extra = extra + heads.naming(middle[0][:, before:], batch)
     asked = batch.answers != IGNORED
     logits, target = model.lm_head(hidden[asked].float()), batch.answers[asked]
     wrong = torch.zeros(len(batch.ids), batch.types.shape[1], dtype=torch.bool)
@@ -273,7 +307,7 @@ def train(out: Path, minutes: float, seed: int) -> None:
     torch.manual_seed(seed)
     make_processor().save_pretrained(out)
     model = build_model()
-    heads = Heads(model.config.vision_config.hidden_size)
+    heads = Heads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     state = {"step": 0, "stage": 0, "elapsed": 0.0, "scenes": 0}
@@ -318,7 +352,8 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
             at = f"{state['elapsed']:6.0f} s  step {state['step']}  stage {STAGES[state['stage']]}  scenes {state['scenes']}"
             print(f"{at}  loss {loss.item():.3f}  extra {extra.item():.3f}  {said}", flush=True)
         late = share > ALONE[-1][0] + (LATEST - ALONE[-1][0]) * (state["stage"] + 1) / (len(STAGES) - 1)
-        passed = state["stage"] + 1 < len(STAGES) and (late or (len(right["colour"]) >= 200 and means["colour"] > PASS))
+        asked = min(map(len, right.values())) if len(right) == len(TYPES) else 0
+        passed = state["stage"] + 1 < len(STAGES) and (late or (asked >= 100 and np.mean(list(means.values())) > PASS))
         if passed:
             print(f"{state['elapsed']:6.0f} s  step {state['step']}  passed {STAGES[state['stage']]}", flush=True)
             state["stage"] += 1

@@ -54,9 +54,16 @@ class VisionMethod(Method):
     claims: ClassVar[tuple[Claim, ...]] = PICTURE_CLAIMS
     thins: ClassVar[bool] = False  # lets patches leave inside the encoder (see ``laconic.vision.thinning``)
 
+    rests: ClassVar[tuple[str, ...]] = ("drop", "park")
+
     positions: str = parameter("keep", "keep: kept tokens stand where they stood; compact: renumbered without gaps", search=())
 
+    rest: str = parameter("drop", "drop: what is not kept is gone; park: a later turn of a conversation chooses again", search=())
+
     def check(self) -> None:
+        self.require(self.rest in self.rests, f"rest is one of {', '.join(self.rests)}.")
+        compact = self.positions == "compact"
+        self.require(not (compact and self.rest == "park"), "what is parked keeps its place: leave out positions=compact.")
         self.require(self.budget.shape == "uniform", "a picture is shortened once, before all layers: leave out 'pyramid:'.")
         self.require(self.positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}.")
 

@@ -18,8 +18,6 @@ from laconic.vision.regions import REGIONS, share_out
 from laconic.vision.scores import SCORES, wants_of
 from laconic.vision.select import SELECTIONS
 
-RESTS = ("drop", "merge")
-
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +32,16 @@ class Design(VisionMethod):
     id: ClassVar[str] = "design"
     paper: ClassVar[str] = "the common frame of the methods before the language model; the catalogue's entries name their papers"
 
+    rests: ClassVar[tuple[str, ...]] = ("drop", "merge", "park")
+
     score: str = parameter("salience", f"what a token is worth: {', '.join(SCORES)}", search=tuple(SCORES))
     select: str = parameter("best", f"how a set is chosen by it: {', '.join(SELECTIONS)}", search=tuple(SELECTIONS))
     regions: str = parameter("whole", f"what gets a budget of its own: {', '.join(REGIONS)}", search=tuple(REGIONS))
-    rest: str = parameter("drop", f"what becomes of the others: {', '.join(RESTS)}", search=RESTS)
+    rest: str = parameter("drop", "what becomes of the others: drop, merge, or park until the next turn", search=("merge",))
 
     def check(self) -> None:
         super().check()
-        for name, known in (("score", SCORES), ("select", SELECTIONS), ("regions", REGIONS), ("rest", RESTS)):
+        for name, known in (("score", SCORES), ("select", SELECTIONS), ("regions", REGIONS)):
             self.require(getattr(self, name) in known, f"{name} is one of {', '.join(known)}.")
 
     def wants(self, depth: int) -> set[Want]:
@@ -54,7 +54,7 @@ class Design(VisionMethod):
         select: Callable = SELECTIONS[self.select]
         chosen = [select(picture, worth, int(n), part) for part, n in zip(members, quotas, strict=True) if n > 0]
         kept = torch.cat(chosen).sort().values
-        if self.rest == "drop":
+        if self.rest != "merge":
             return Reduction(kept, scores=worth)
         into = torch.full((len(picture.layout),), -1, device=kept.device)
         into[kept] = kept

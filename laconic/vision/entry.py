@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from laconic.cache import Request
+from laconic.cache import KVCache, Request
 from laconic.errors import LaconicError
 from laconic.layers import change_tensors, take_rows
 from laconic.method import Method
 from laconic.models.pictures import Seen, cell_side, feature_block, find_eyes, look, spans
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
+from laconic.vision.parking import PARKED, Parked, by_axis, by_row
 from laconic.vision.picture import Picture
 from laconic.vision.thinning import Thinning
 
@@ -28,12 +30,18 @@ class Entry:
     While a forward with pictures runs, the encoder's attention is asked for what the methods want; at the language model's
     entry the rows of what they drop are taken out of all that it gets. The cache receives the tokens that stay with their true
     positions, and counts those that came in, so that whatever follows stands where it would have stood.
+
+    Where a method parks what it does not keep, each later turn chooses again, and the language model computes the conversation
+    anew where that makes a difference: the same as if it had been asked all in one.
     """
 
     def __init__(self, model: torch.nn.Module, methods: tuple[Method, ...], in_force: Callable[[], bool]) -> None:
         self.methods = tuple(method for method in methods if isinstance(method, VisionMethod))
         self.eyes, self._in_force = find_eyes(model), in_force
         self.compact = any(m.positions == "compact" for m in self.methods)
+        self.parks = any(m.rest == "park" and not m.budget.is_full for m in self.methods)
+        self._words = model.get_input_embeddings()
+        self._late: int | None = None  # of a forward that was made longer, how many tokens the caller gave
         self.reductions: list[Reduction] = []
         self.pictures: list[Picture] = []
         self._request: Request | None = None
@@ -93,7 +101,7 @@ class Entry:
             self._request.count = self._request.pictures = None
             self._request.looked = []
             self._fresh = False
-        self._request = self._rows = None
+        self._request = self._rows = self._late = None
         self._arguments = {}
 
     def _watch(self, original: Any, given: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -140,27 +148,44 @@ class Entry:
         request = self._request
         if request is None:
             return None
-        shift = request.memory.get(SHIFT)
+        shift, parked = request.memory.get(SHIFT), request.memory.get(PARKED)
         if self._fresh and request.positions.shape[1] > 1:
+            if self.parks:
+                self._park(kwargs)
+            self._choose(self._ids(), kwargs["inputs_embeds"])
             kwargs = self._shorten(kwargs)
+        elif parked is not None:
+            parked = parked.and_then(self._ids(), request.positions, by_row(self._positions(kwargs)))
+            request.memory[PARKED] = parked
+            if request.positions.shape[1] > 1:
+                kwargs = self._choose_again(kwargs, parked)
         elif shift is not None:
             kwargs = {**kwargs, "position_ids": self._positions(kwargs) - shift[:, None]}
         return args, kwargs
 
-    def _shorten(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The language model's arguments without the rows that are dropped."""
-        request, embeddings = self._request, kwargs["inputs_embeds"]
+    def _ids(self) -> torch.Tensor:
         ids = self._arguments.get("input_ids")
         if ids is None:
             raise LaconicError("Pictures are found by the ids of their tokens: give input_ids, not inputs_embeds.")
+        return ids
+
+    def _choose(self, ids: torch.Tensor, embeddings: torch.Tensor) -> None:
+        """What the methods leave of every picture of the prompt: ``pictures`` and ``reductions``."""
+        self.pictures = self._open(ids, embeddings, self._request.positions.to(embeddings.device) >= 0)
+        self.reductions = [self._reduce(picture) for picture in self.pictures]
+        if PARKED in self._request.memory:
+            kept = [reduction.kept for reduction in self.reductions]
+            self._request.memory[PARKED] = replace(self._request.memory[PARKED], kept=kept)
+
+    def _shorten(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The language model's arguments without the rows that are dropped."""
+        request, embeddings, ids = self._request, kwargs["inputs_embeds"], self._ids()
         positions = request.positions.to(embeddings.device)
         stays = positions >= 0
         request.pictures = torch.full((len(ids), int(positions.max()) + 1), -1, device=positions.device)
-        self.pictures, self.reductions = self._open(ids, embeddings, stays), []
         request.looked = self.pictures
-        for picture, (_, row, slots) in zip(self.pictures, spans(ids, self.eyes, self.seen), strict=True):
-            reduction = self._reduce(picture)
-            self.reductions.append(reduction)
+        found = zip(self.pictures, self.reductions, spans(ids, self.eyes, self.seen), strict=True)
+        for picture, reduction, (_, row, slots) in found:
             gone = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
             gone[reduction.kept] = False
             gone &= ~picture.layout.separators.to(gone.device)
@@ -172,6 +197,43 @@ class Entry:
         if bool(stays.eq(positions >= 0).all()):
             return {**kwargs, "inputs_embeds": embeddings}
         return self._take({**kwargs, "inputs_embeds": embeddings}, stays)
+
+    def _park(self, kwargs: dict[str, Any]) -> None:
+        """Remembers what a later turn needs to choose again."""
+        request, mask = self._request, kwargs.get("attention_mask")
+        if int(request.positions.max()) >= request.positions.shape[1]:
+            raise LaconicError("With rest=park all pictures come in a conversation's first turn: start a new cache for more.")
+        if isinstance(mask, dict) or hasattr(mask, "laconic_reach"):
+            raise LaconicError("Picture tokens of this model see each other, which no later turn can redo: leave out rest=park.")
+        ids, embeddings = self._ids(), kwargs["inputs_embeds"]
+        features = [embeddings[row, slots] for _, row, slots in spans(ids, self.eyes, self.seen)]
+        looked, deep = (self.seen, self._trace, self._encoded, self._pixels), kwargs.get("deepstack_visual_embeds")
+        places = by_row(self._positions(kwargs))
+        request.memory[PARKED] = Parked(ids, request.positions, places.expand(len(ids), -1, -1), features, [], looked, deep)
+
+    def _choose_again(self, kwargs: dict[str, Any], parked: Parked) -> dict[str, Any]:
+        """The language model's arguments for the whole conversation where its latest turn chooses other tokens; else as given."""
+        request, new, late = self._request, kwargs["inputs_embeds"], self._request.positions
+        self.seen, self._trace, self._encoded, self._pixels = parked.looked
+        self._arguments = {**self._arguments, "input_ids": parked.ids}
+        embeddings = self._words(parked.ids.masked_fill(parked.ids == self.eyes.image, 0)).to(new.dtype)
+        for features, (_, row, slots) in zip(parked.features, spans(parked.ids, self.eyes, self.seen), strict=True):
+            embeddings[row, slots] = features
+        embeddings[:, -new.shape[1] :] = new
+        request.positions = parked.positions
+        self._choose(parked.ids, embeddings)
+        if all(torch.equal(old, reduction.kept) for old, reduction in zip(parked.kept, self.reductions, strict=True)):
+            request.positions = late
+            return kwargs
+        parked = request.memory[PARKED]
+        cache = next(value for value in kwargs.values() if isinstance(value, KVCache))
+        cache.reset()  # all that stands behind a picture has changed
+        request.memory[PARKED], request.positions = parked, parked.positions
+        self._late = new.shape[1]
+        kwargs = {**kwargs, "inputs_embeds": embeddings, "position_ids": by_axis(parked.places)}
+        if parked.deep is not None:
+            kwargs |= {"deepstack_visual_embeds": parked.deep, "visual_pos_masks": parked.ids == self.eyes.image}
+        return self._shorten(kwargs)
 
     def _reduce(self, picture: Picture) -> Reduction:
         """What all methods in turn leave of a picture."""
@@ -261,7 +323,7 @@ class Entry:
         whole = short.new_zeros(short.shape[0], self._request.count, short.shape[-1])
         row, slot = (rows >= 0).nonzero(as_tuple=True)
         whole[row, rows[row, slot]] = short[row, slot]
-        output.last_hidden_state = whole
+        output.last_hidden_state = whole if self._late is None else whole[:, -self._late :]
         return output
 
 
