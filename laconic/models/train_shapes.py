@@ -3,8 +3,8 @@
 The curriculum starts with few things in pictures of 4 x 4 patches, a window of the full grid, and goes to 24 x 24 and more
 things in steps, each when colours are named right: with larger steps, attention that is spread over all patches stays spread.
 Each scene carries several questions in one sequence, which see the picture and themselves but not each other. While training,
-small extra heads name what each patch shows and what the class token has seen, as pretraining would have taught; the first tenth
-of the time the encoder learns that alone. The heads are not saved; state is, beside the model, so that a stopped run goes on.
+small extra heads name what each patch shows and what the class token has seen, as pretraining would have taught; the first eighth
+of the time the encoder learns that alone, on crowded pictures. The heads are not saved; state is, beside the model, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from laconic.models.shapes_processor import make_processor, vocabulary
 
 # pixels of the pictures and the most things in them, one stage after another: first the ground grows, then what stands on it
 STAGES = ((56, 2), (84, 3), (112, 3), (140, 4), (168, 5), (224, 5), (280, 6), (SIDE, 8))
-ALONE = (0.04, 0.1)  # share of the time up to which the encoder learns alone, on pictures of 84 and of 168 pixels
+ALONE = ((0.08, (SIDE // 2, 9)), (0.13, (SIDE, 16)))  # share of the time up to which the encoder learns alone, and on what
 PASS = 0.9  # share of colours named right that opens the next stage: then things are found by their shapes
 LATEST = 0.7  # share of the time by which the last stage begins in any case
 PER_SCENE = 8  # questions
-PATCHES = 2304  # in a batch, about
+PATCHES = 1152  # in a batch, about
 MOST = 64  # scenes in a batch
-RATE = 1e-3
+RATE, RATE_ALONE = 1e-3, 2e-3
 GROUND = 0.1  # weight of patches that show nothing among those that the encoder is asked about
 IGNORED = -100
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
@@ -151,7 +151,7 @@ class SceneMaker:
 
     def _make(self, side: int, most: int) -> Batch:
         scenes, asked = [], []
-        while len(scenes) < min(MOST, max(4, PATCHES // (side // CELL) ** 2)):
+        while len(scenes) < min(MOST, max(2, PATCHES // (side // CELL) ** 2)):
             scene = make_scene(self.rng, side, (2, most))
             questions = [q for i in range(2 * PER_SCENE) if (q := ask(scene, self.rng, TYPES[i % len(TYPES)]))]
             if len(questions) >= 3:
@@ -288,14 +288,14 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
     right: dict[str, list[float]] = defaultdict(list)
     while state["elapsed"] < minutes * 60:
         share = state["elapsed"] / (minutes * 60)
-        rate = RATE * min(1.0, (state["step"] + 1) / 100) * min(1.0, max(0.03, (1 - share) / 0.4))
+        alone = next((pictures for until, pictures in ALONE if share < until), None)
+        rate = (RATE_ALONE if alone else RATE) * min(1.0, (state["step"] + 1) / 100) * min(1.0, max(0.03, (1 - share) / 0.4))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        alone = share < ALONE[1]
         stage = state["stage"]
         if state["step"] % 4 == 3 and stage:  # what was learned on smaller pictures is kept in practice
             stage = int(maker.rng.integers(stage))
-        batch = maker.batch(STAGES[1 if share < ALONE[0] else 4] if alone else STAGES[stage])
+        batch = maker.batch(alone or STAGES[stage])
         optimizer.zero_grad(set_to_none=True)
         if alone:
             loss, extra = torch.zeros(()), heads.losses(*encode(model, batch), batch)
@@ -313,7 +313,7 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
             said = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
             at = f"{state['elapsed']:6.0f} s  step {state['step']}  stage {STAGES[state['stage']]}  scenes {state['scenes']}"
             print(f"{at}  loss {loss.item():.3f}  extra {extra.item():.3f}  {said}", flush=True)
-        late = share > ALONE[1] + (LATEST - ALONE[1]) * (state["stage"] + 1) / (len(STAGES) - 1)
+        late = share > ALONE[-1][0] + (LATEST - ALONE[-1][0]) * (state["stage"] + 1) / (len(STAGES) - 1)
         passed = state["stage"] + 1 < len(STAGES) and (late or (len(right["colour"]) >= 200 and means["colour"] > PASS))
         if passed:
             print(f"{state['elapsed']:6.0f} s  step {state['step']}  passed {STAGES[state['stage']]}", flush=True)
