@@ -59,6 +59,15 @@ def calibration_texts(
     return [prompt for prompt, _ in pairs], [answer for _, answer in pairs] if known else None
 
 
+def answer_ids(reader: Any, example: Example) -> torch.Tensor:
+    """Token ids ``(a,)`` of an example's answer, or of its first, behind its prompt; in a chat the reply begins anew."""
+    tokenizer = text_side(reader)
+    if example.pictures and getattr(reader, "chat_template", None):
+        answer = example.answer if isinstance(example.answer, str) else example.answer[0]
+        return tokenizer(answer, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    return _pair(tokenizer, example, True)[1]
+
+
 def _pair(tokenizer: Any, example: Example, known: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of a prompt and of its answer; a token that belongs to both is the answer's."""
     prompt = tokenizer(example.prompt, return_tensors="pt")["input_ids"][0]

@@ -29,5 +29,9 @@ class RandomPrune(VisionMethod):
     seed: int = parameter(0, "of the random numbers", search=())
 
     def score(self, picture: Picture) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + picture.number)
-        return torch.rand(len(picture.layout), generator=generator).to(picture.features.device)
+        return drawn(self.seed, picture.number, len(picture.layout)).to(picture.features.device)
+
+
+def drawn(seed: int, number: int, n: int) -> torch.Tensor:
+    """A random number for each of ``n`` tokens of one picture, float ``(n,)``: of the seed and the picture's number."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
