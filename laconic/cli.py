@@ -642,13 +642,13 @@ def horizon(
       laconic explain horizon --model PATH_OR_HUB_ID --task mine.jsonl --samples 100 --form leave-one-out --json
     """
     from laconic.evaluation.workload import open_model, open_work
-    from laconic.explain.horizon import horizon_table, information_horizon, kind_horizons, summary
+    from laconic.explain.horizon import horizon_table, information_horizon, summary
 
     network, reader, _ = open_model(model, device, dtype)
     work = open_work(task, reader, samples=samples, seed=seed)
     report = information_horizon(network, reader, work, form=form, tokens=tokens, tolerance=tolerance, seed=seed)
     if as_json:
-        found = {"horizon": report.horizon, "recipe": report.recipe, "kinds": kind_horizons(report)}
+        found = {"horizon": report.horizon, "recipe": report.recipe, "kinds": report.kind_horizons()}
         _print_json({**found, "form": form, "layers": report.rows(), "summary": summary(report)})
         return
     _console().print(horizon_table(report))

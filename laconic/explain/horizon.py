@@ -69,6 +69,10 @@ class HorizonReport:
         tables = (self.information, self.places, self.log_probability, self.right)
         return HorizonReport(*(table[chosen] for table in tables), (kind,) * int(chosen.sum()), self.tolerance)
 
+    def kind_horizons(self) -> dict[str, int | None]:
+        """The horizon of each kind of question; empty where the task knows no kinds."""
+        return {kind: self.only(kind).horizon for kind in sorted(set(self.kinds) - {""})}
+
     def rows(self) -> list[dict[str, Any]]:
         """One dict per layer, for tables and JSON; ``spread`` is the standard deviation over tokens and prompts."""
         columns = self.information.transpose(0, 1).flatten(1)
@@ -174,7 +178,7 @@ def token_information(again: Replay, sample: torch.Tensor, form: str) -> tuple[t
 
 
 def summary(report: HorizonReport) -> str:
-    """What the report says, in one sentence."""
+    """What the report says, in a sentence or two."""
     count, share = len(report.right), f"{report.tolerance:.3g}"
     if report.horizon is None:
         return f"The model answers none of these {count} questions right, so that nothing can be lost: use one that can see."
@@ -182,9 +186,10 @@ def summary(report: HorizonReport) -> str:
         return f"These {count} questions are answered as well without the picture."
     if report.recipe is None:
         return f"The picture is needed up to the last of {report.layers} layers."
+    kinds = ", ".join(f"{kind} {'–' if layer is None else layer}" for kind, layer in report.kind_horizons().items())
     return (
         f"From layer {report.horizon} of {report.layers} on, leaving out the picture costs less than {share} of the accuracy on "
-        f"these {count} questions: {report.recipe} drops it there."
+        f"these {count} questions: {report.recipe} drops it there." + (f" By kind: {kinds}." if kinds else "")
     )
 
 
@@ -193,7 +198,7 @@ def horizon_table(report: HorizonReport) -> Any:
     questions and for each kind."""
     from rich.table import Table
 
-    kinds = sorted(set(report.kinds)) if len(set(report.kinds)) > 1 else []
+    kinds = list(report.kind_horizons())
     table = Table(box=None)
     for heading in ("from layer", "information", "spread", "log p", "accuracy", *kinds):
         table.add_column(heading, justify="right")
@@ -205,8 +210,3 @@ def horizon_table(report: HorizonReport) -> Any:
         cells = [f"{row['information']:.4f}", f"{row['spread']:.4f}", f"{row['log_probability']:.2f}", f"{row['accuracy']:.2f}"]
         table.add_row(name, *cells, *(f"{float(column[layer]):.2f}" for column in columns), style=style)
     return table
-
-
-def kind_horizons(report: HorizonReport) -> dict[str, int | None]:
-    """The horizon of each kind of question."""
-    return {kind: report.only(kind).horizon for kind in sorted(set(report.kinds))}
