@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from laconic.errors import LaconicError
+from laconic.errors import LaconicError, quote
 from laconic.evaluation.examples import Example
 from laconic.evaluation.haystack import read_text, reference_text
 from laconic.evaluation.tasks import load_task
@@ -64,7 +64,10 @@ def answer_ids(reader: Any, example: Example) -> torch.Tensor:
     tokenizer = text_side(reader)
     if example.pictures and getattr(reader, "chat_template", None):
         answer = example.answer if isinstance(example.answer, str) else example.answer[0]
-        return tokenizer(answer, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise LaconicError(f"The answer {quote(answer)} has no tokens: give a text.")
+        return torch.tensor(ids)
     return _pair(tokenizer, example, True)[1]
 
 

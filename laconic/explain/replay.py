@@ -40,7 +40,7 @@ class Replay:
         given = with_answer(inputs, self._answer, handle.model.config.model_type)
         self.pictured = given["input_ids"][0] == eyes.image
         with self._watched(), torch.no_grad():
-            logits = handle.model(**given).logits[:, -len(answer) :].float()
+            logits = handle.model(**given, use_cache=True, logits_to_keep=len(answer)).logits.float()
         self._check_head(logits)
         self._added = [None, *map(self._between, range(1, self.layers))]
 
@@ -49,8 +49,8 @@ class Replay:
         """Notes what the layers are given and what they make of it."""
 
         def before(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            args = args if args else (kwargs.pop("hidden_states"),)
-            self._calls.append((args, kwargs))
+            rest = dict(kwargs)
+            self._calls.append((args or (rest.pop("hidden_states"),), rest))
 
         def after(layer: torch.nn.Module, args: tuple, output: Any) -> None:
             self._made.append(output[0] if isinstance(output, tuple) else output)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,29 @@ def test_tokens_that_see_each_other_still_do_after_a_drop(family: str) -> None:
         gone = torch.ones(x["input_ids"].shape[1], dtype=torch.bool)
         gone[handle.latest.layers[-1].positions[0, 0]] = False
     assert float(logits[ANSWER[0]]) == pytest.approx(by_masks(family, x, 1, gone, ANSWER[:1]), abs=3e-5)
+
+
+def test_a_model_that_would_use_no_cache_is_replayed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = vlm.build("llava"), vlm.inputs("llava", (1,))
+    monkeypatch.setattr(model.config.get_text_config(), "use_cache", False)
+    with replay(model, x, ANSWER) as again:
+        found = again.chances(1, ~again.pictured[None])[0]
+        assert float(found) == pytest.approx(by_masks("llava", x, 1, again.pictured), abs=1e-4)
+
+
+def test_a_head_that_is_not_understood_is_refused() -> None:
+    model = vlm.build("llava")
+
+    def turn(module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.flip(-1)
+        return output
+
+    hook = model.model.language_model.register_forward_hook(turn)
+    try:
+        with pytest.raises(laconic.LaconicError, match="not understood"), replay(model, vlm.inputs("llava", (1,)), ANSWER):
+            pass
+    finally:
+        hook.remove()
 
 
 def test_rows_are_the_kept_ones_with_padding_in_front() -> None:
