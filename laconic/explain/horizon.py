@@ -58,7 +58,7 @@ class HorizonReport:
 
     @property
     def recipe(self) -> str | None:
-        """What drops all picture tokens but marks at the ends of rows at the horizon; None where there is no layer before or behind."""
+        """What drops all picture tokens at the horizon, marks at the ends of rows apart; None where it lies at either end."""
         if not self.horizon or self.horizon == self.layers:
             return None
         return f"withdraw(at={round(self.horizon / self.layers, 3)}, threshold=1)"
