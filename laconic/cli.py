@@ -36,7 +36,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         debug = options.get("debug", False)
         try:
-            if command.__name__ in ("compare", "generate", "tune", "sinks", "profile", "see") and not debug:
+            if command.__name__ not in ("methods", "bench") and not debug:
                 _silence_libraries()
             command(**options)
             sys.stdout.flush()
@@ -611,6 +611,86 @@ def sinks(
         _print_json({"sink": report.sink, "heads": report.rows(), "residual_ratio": residual, "summary": summary(report)})
         return
     _console().print(sink_table(report))
+    print(summary(report))
+
+
+@explain.command()
+@guarded
+def horizon(
+    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
+    task: Annotated[str, typer.Option("--task", "-t", help="shapes_vqa, pope, or FILE.jsonl with pictures.")] = "shapes_vqa",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Questions to measure on.")] = 24,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Picture tokens sampled in each.")] = 16,
+    form: Annotated[str, typer.Option("--form", help="keep-one: each token alone; leave-one-out: all but each.")] = "keep-one",
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Share of the accuracy that may be lost.")] = 0.01,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the questions and of the sampled tokens.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a single picture token still tells the model at each layer, and from which layer on the picture is not needed.
+
+    Information is a difference of probabilities of the right answer: with one picture token alone from a layer on, less that
+    without any. The accuracy beside it is that without all picture tokens from there on. The horizon is the first layer from
+    which on this costs next to nothing; it differs between kinds of questions, so measure on yours. It knows the answers: it
+    explains, and cannot choose tokens.
+
+    \b
+    Examples:
+      laconic explain horizon --model PATH_OR_HUB_ID
+      laconic explain horizon --model PATH_OR_HUB_ID --task mine.jsonl --samples 100 --form leave-one-out --json
+    """
+    from laconic.evaluation.workload import open_model, open_work
+    from laconic.explain.horizon import horizon_table, information_horizon, summary
+
+    network, reader, _ = open_model(model, device, dtype)
+    work = open_work(task, reader, samples=samples, seed=seed)
+    report = information_horizon(network, reader, work, form=form, tokens=tokens, tolerance=tolerance, seed=seed)
+    if as_json:
+        found = {"horizon": report.horizon, "recipe": report.recipe, "kinds": report.kind_horizons()}
+        _print_json({**found, "form": form, "layers": report.rows(), "summary": summary(report)})
+        return
+    _console().print(horizon_table(report))
+    print(summary(report))
+
+
+@explain.command()
+@guarded
+def dominance(
+    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
+    task: Annotated[str, typer.Option("--task", "-t", help="shapes_vqa, pope, or FILE.jsonl with pictures.")] = "shapes_vqa",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="A recipe beside dense, divprune:10%; may be given several times.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Questions to measure on.")] = 24,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the questions.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Whether the model reads its pictures or only the words: attention per word token over attention per picture token.
+
+    MDI is that quotient, from the rows that the answer is read from; AEI is a kind's share of the attention over its share of
+    the tokens. 1 is even. Both change with the number of tokens by themselves, so a lower MDI with fewer picture tokens does not
+    say that these are read better: look at the accuracy, and at what is left of it when the model sees nothing (blind).
+
+    \b
+    Examples:
+      laconic explain dominance --model PATH_OR_HUB_ID
+      laconic explain dominance --model PATH_OR_HUB_ID --method divprune:50% --method divprune:25% --method divprune:10%
+    """
+    from laconic.evaluation.workload import open_model, open_work
+    from laconic.explain.dominance import dominance_table, summary, text_dominance
+
+    network, reader, _ = open_model(model, device, dtype)
+    work = open_work(task, reader, samples=samples, seed=seed)
+    report = text_dominance(network, reader, work, ["dense", *(method or [])])
+    if as_json:
+        _print_json({"rows": report.rows(), "summary": summary(report)})
+        return
+    _console().print(dominance_table(report))
     print(summary(report))
 
 

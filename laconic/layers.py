@@ -120,7 +120,7 @@ def take_rows(tensor: torch.Tensor, rows: torch.Tensor, batch: int, count: int) 
     """Picks ``rows`` (batch, k) of a tensor that has one entry per token: ``count`` behind a dimension of ``batch`` or 1.
 
     Hidden states (batch, count, dim), cosines (1, count, dim), positions (1, count), and with several kinds of positions
-    (3, batch, count). Other tensors are left as they are.
+    (3, batch, count). Other tensors are left as they are. How far tokens see (``laconic_reach``) goes with the mask.
     """
     for dim in range(1, tensor.dim()):
         if tensor.shape[dim] == count and tensor.shape[dim - 1] in (1, batch):
@@ -129,5 +129,8 @@ def take_rows(tensor: torch.Tensor, rows: torch.Tensor, batch: int, count: int) 
             ahead = (slice(None),) * (dim - 1)
             shape = list(tensor.shape)
             shape[dim - 1] = batch
-            return tensor.expand(shape)[(*ahead, every, index)]
+            taken = tensor.expand(shape)[(*ahead, every, index)]
+            if hasattr(tensor, "laconic_reach"):
+                taken.laconic_reach = tensor.laconic_reach.expand(batch, -1)
+            return taken
     return tensor

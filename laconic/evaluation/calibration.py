@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from laconic.errors import LaconicError
+from laconic.errors import LaconicError, quote
 from laconic.evaluation.examples import Example
 from laconic.evaluation.haystack import read_text, reference_text
 from laconic.evaluation.tasks import load_task
@@ -57,6 +57,18 @@ def calibration_texts(
     known = made.metric not in (None, "regex", "perplexity") and all(e.answer is not None for e in made.examples)
     pairs = [_pair(tokenizer, example, known) for example in made.examples]
     return [prompt for prompt, _ in pairs], [answer for _, answer in pairs] if known else None
+
+
+def answer_ids(reader: Any, example: Example) -> torch.Tensor:
+    """Token ids ``(a,)`` of an example's answer, or of its first, behind its prompt; in a chat the reply begins anew."""
+    tokenizer = text_side(reader)
+    if example.pictures and getattr(reader, "chat_template", None):
+        answer = example.answer if isinstance(example.answer, str) else example.answer[0]
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise LaconicError(f"The answer {quote(answer)} has no tokens: give a text.")
+        return torch.tensor(ids)
+    return _pair(tokenizer, example, True)[1]
 
 
 def _pair(tokenizer: Any, example: Example, known: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ from laconic.models.shapes_processor import make_processor, vocabulary
 # then what stands on it
 STAGES = ((56, 2, 64), (84, 3, 64), (112, 3, 36), (140, 4, 24), (168, 5, 16), (224, 5, 9), (280, 6, 6), (SIDE, 8, 4))
 ALONE = ((0.08, (SIDE // 2, 9, 8)), (0.13, (SIDE, 16, 2)))  # share of the time up to which the encoder learns alone, and on what
-PASS = 0.8  # share of answers right, mean over the types of questions, that opens the next stage
+PASS = 0.8  # share of right answers to every type of question that opens the next stage
 LATEST = 0.7  # share of the time by which the last stage begins in any case
 PER_SCENE = 8  # questions
 RATE, RATE_ALONE = 1e-3, 2e-3
@@ -353,7 +353,7 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
             print(f"{at}  loss {loss.item():.3f}  extra {extra.item():.3f}  {said}", flush=True)
         late = share > ALONE[-1][0] + (LATEST - ALONE[-1][0]) * (state["stage"] + 1) / (len(STAGES) - 1)
         asked = min(map(len, right.values())) if len(right) == len(TYPES) else 0
-        passed = state["stage"] + 1 < len(STAGES) and (late or (asked >= 100 and np.mean(list(means.values())) > PASS))
+        passed = state["stage"] + 1 < len(STAGES) and (late or (asked >= 100 and min(means.values()) > PASS))
         if passed:
             print(f"{state['elapsed']:6.0f} s  step {state['step']}  passed {STAGES[state['stage']]}", flush=True)
             state["stage"] += 1

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from laconic.attention.base import AttentionMethod, Call
+from laconic.buffers import locate
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.kernels.ragged import dense
@@ -69,6 +70,10 @@ class InsideMethod(AttentionMethod):
         positions, new = layer.shared_positions[:, 0], layer.request.positions
         living = positions.masked_fill(~stays, -1).sort(dim=-1).values
         living = living.masked_fill(living < new.masked_fill(new < 0, new.max()).amin(-1, keepdim=True), -1)
+        onward = layer.request.onward
+        if onward is not None:  # what another method has dropped after the same layer stays dropped
+            slots = locate(onward[:, None], living[:, None])[:, 0]
+            living = onward.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, -1)
         layer.request.onward = living[:, int((living < 0).sum(-1).min()) :]
 
 
@@ -122,8 +127,9 @@ def everything(layer: KVLayer) -> torch.Tensor:
 
 def attention_of_last(layer: KVLayer, call: Call) -> torch.Tensor:
     """Attention that every entry receives from the last token, ``(batch, n)``: mean over heads."""
+    starts = layer.starts(call.window)  # by positions: after a drop a window holds fewer entries than tokens
     received = attention_received(
-        call.query[:, :, -1:], layer.keys, scale=call.scale, softcap=call.softcap, starts=layer.starts(), window=call.window
+        call.query[:, :, -1:], layer.keys, scale=call.scale, softcap=call.softcap, starts=starts, window=call.window
     )
     return received.mean(1)
 

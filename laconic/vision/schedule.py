@@ -9,6 +9,11 @@ from laconic.budget import Budget
 FIRST = 0.75  # of the budget is what the layers before the first drop take at most, where they can be fewer
 
 
+def layer_at(share: float, layers: int) -> int:
+    """The last layer of the first ``share`` of all ``layers``, counted from 0: at least the first, never the last."""
+    return min(max(round(share * layers), 1), layers - 1) - 1
+
+
 def falling(budget: Budget, n: int, layers: int, stages: int) -> dict[int, int]:
     """After the last layer of each of ``stages`` groups but the last, how many of ``n`` tokens are left: each time the same
     share, so that the mean over the layers is the budget.

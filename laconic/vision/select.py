@@ -37,8 +37,12 @@ def scaled(values: torch.Tensor) -> torch.Tensor:
 
 def at_random(picture: Picture, k: int, among: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """``k`` of the tokens ``among``, each set as likely as any other, with numbers of its own for every picture of a prompt."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + picture.number)
-    return top(torch.rand(len(picture.layout), generator=generator).to(among.device), k, among)
+    return top(drawn(seed, picture.number, len(picture.layout)).to(among.device), k, among)
+
+
+def drawn(seed: int, number: int, n: int) -> torch.Tensor:
+    """A random number for each of ``n`` tokens of one picture, float ``(n,)``: of the seed and the picture's number."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
 
 
 def pick(

@@ -11,6 +11,7 @@ from laconic.claims import Claim
 from laconic.method import parameter
 from laconic.registry import register
 from laconic.vision.inside import InsideMethod, attention_of, everything, pictures_in, words_behind
+from laconic.vision.schedule import layer_at
 
 
 @register
@@ -20,7 +21,8 @@ class Withdraw(InsideMethod):
 
     How much is the attention that its tokens receive from the words behind it, of all that these give, mean over heads. Below
     ``threshold`` the picture leaves: no deeper layer computes or holds any of it, not while the answer is written either. With
-    ``threshold=1`` it always leaves, as in Visual Token Withdrawal (2024). Takes no budget.
+    ``threshold=1`` it always leaves, as in Visual Token Withdrawal (2024); ``laconic explain horizon`` measures after which share
+    of the layers. Takes no budget.
     """
 
     id: ClassVar[str] = "withdraw"
@@ -36,7 +38,7 @@ class Withdraw(InsideMethod):
         self.require(0 < self.at < 1, "at is a share of the layers: give more than 0 and less than 1.")
 
     def leave(self, layer: KVLayer, call: Call) -> None:
-        if layer.index != min(max(round(self.at * layer.layers), 1), layer.layers - 1) - 1:
+        if layer.index != layer_at(self.at, layer.layers):
             return
         stays = everything(layer)
         for picture in pictures_in(layer):
