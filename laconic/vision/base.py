@@ -52,6 +52,7 @@ class VisionMethod(Method):
     stage: ClassVar[str] = "vision"
     verbs: ClassVar[tuple[str, ...]] = ("drop",)
     claims: ClassVar[tuple[Claim, ...]] = PICTURE_CLAIMS
+    reads_first_layer: ClassVar[bool] = False  # whether it looks at Picture.from_words
 
     positions: str = parameter("keep", "keep: kept tokens stand where they stood; compact: renumbered without gaps", search=())
 

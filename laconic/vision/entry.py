@@ -16,6 +16,7 @@ from laconic.method import Method
 from laconic.models.pictures import Seen, find_eyes, look, spans
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
+from laconic.vision.first_layer import FirstLayer
 from laconic.vision.picture import Picture
 
 SHIFT = "vision.shift"  # per row: by how much later tokens are moved where positions are compact
@@ -31,7 +32,7 @@ class Entry:
 
     def __init__(self, model: torch.nn.Module, methods: tuple[Method, ...], in_force: Callable[[], bool]) -> None:
         self.methods = tuple(method for method in methods if isinstance(method, VisionMethod))
-        self.eyes, self._in_force = find_eyes(model), in_force
+        self.model, self.eyes, self._in_force = model, find_eyes(model), in_force
         self.compact = any(m.positions == "compact" for m in self.methods)
         self.reductions: list[Reduction] = []
         self.pictures: list[Picture] = []
@@ -133,7 +134,7 @@ class Entry:
         positions = request.positions.to(embeddings.device)
         stays = positions >= 0
         request.pictures = torch.full((len(ids), int(positions.max()) + 1), -1, device=positions.device)
-        self.pictures, self.reductions = self._open(ids, embeddings, stays), []
+        self.pictures, self.reductions = self._open(ids, kwargs, stays), []
         request.looked = self.pictures
         for picture, (_, row, slots) in zip(self.pictures, spans(ids, self.eyes, self.seen), strict=True):
             reduction = self._reduce(picture)
@@ -163,9 +164,12 @@ class Entry:
             reduction = method.reduce(picture, k)
         return reduction
 
-    def _open(self, ids: torch.Tensor, embeddings: torch.Tensor, real: torch.Tensor) -> list[Picture]:
+    def _open(self, ids: torch.Tensor, kwargs: dict[str, Any], real: torch.Tensor) -> list[Picture]:
         """The pictures of this forward in the order of the prompt."""
-        seen, pictures = self.seen, []
+        seen, pictures, embeddings = self.seen, [], kwargs["inputs_embeds"]
+        first_layer = None
+        if any(method.reads_first_layer for method in self.methods):
+            first_layer = FirstLayer(self.eyes.language, {**kwargs, "position_ids": self._positions(kwargs)}, self._request)
         special = ids == self.eyes.image
         if self.eyes.video is not None:
             special |= ids == self.eyes.video
@@ -177,7 +181,8 @@ class Entry:
                     after=words > slots[-1], trace=self._trace, encoded=self._encoded,
                     first=seen.firsts[i], window=seen.windows and seen.windows[i], order=seen.orders and seen.orders[i],
                     number=len(pictures),
-                    projector=self.eyes.projector, pixels=self._pixels_of(seen, i),
+                    projector=self.eyes.projector, pixels=self._pixels_of(seen, i), model=self.model,
+                    from_words=first_layer and first_layer.attention(row, words[words > slots[-1]], slots),
                 )
             )  # fmt: skip
         return pictures
