@@ -522,11 +522,12 @@ def profile(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what a method has to know about a model, once, and keep it in a file; for dhsa and duo_attention, train it.
+    """Measure what a method has to know about a model, once, and keep it in a file; some methods train it.
 
     Methods that reweight (zerotuning, act) look for the heads with which the prompts are answered better. The score is the share
     of right answers, and then the mean log-probability of these; without answers, minus the entropy of the next token. It is
-    the highest of many, so check it on other prompts.
+    the highest of many, so check it on other prompts. dhsa,
+    duo_attention and explain_prune train a part of theirs; explain_prune on the prompts that the model answers right.
 
     \b
     Examples:
@@ -534,20 +535,23 @@ def profile(
       laconic profile dhsa --model PATH_OR_HUB_ID --samples 16 --output dhsa.json
       laconic profile zerotuning --model PATH_OR_HUB_ID --task mine.jsonl --samples 40 --output zt.json
       laconic profile attention_debias --model PATH_OR_HUB_ID --samples 40 --output debias.json
+      laconic profile explain_prune --model PATH_OR_HUB_ID --samples 2000 --output explain.json
       laconic compare --model PATH_OR_HUB_ID --methods "fasa(profile=fasa.json)" --budgets 10%
     """
     from dataclasses import asdict
 
-    from laconic.evaluation.calibration import calibration_pictures, calibration_texts
+    from laconic.evaluation.calibration import answered_pictures, calibration_pictures, calibration_texts
     from laconic.evaluation.workload import default_task, open_model
     from laconic.profiles import make_profile
     from laconic.registry import find
 
-    on_pictures = getattr(find(method), "calibrates_on", "texts") == "pictures"
+    calibrates_on = getattr(find(method), "calibrates_on", "texts")
     network, tokenizer, _ = open_model(model, device, dtype)
     task = task or default_task(tokenizer)
-    if on_pictures:
+    if calibrates_on == "pictures":
         texts, answers = calibration_pictures(tokenizer, task, samples, seed), None
+    elif calibrates_on == "answered pictures":
+        texts, answers = answered_pictures(network, tokenizer, task, samples, seed)
     else:
         texts, answers = calibration_texts(tokenizer, text, task, tokens, samples, seed)
     made = make_profile(method, network, texts, seed, answers)

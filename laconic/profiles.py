@@ -4,7 +4,8 @@ A method that needs one says ``needs = "calibration"``, has a parameter ``profil
 built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON; one that learns from right
 answers takes ``answers=None`` too, one that draws random numbers ``seed``. ``find_profile`` gives the tables back, and refuses
 those of another model in one sentence that names the command which makes them. Where ``calibrates_on`` is "pictures", the texts
-are the inputs of prompts with pictures, one dict of tensors each.
+are the inputs of prompts with pictures, one dict of tensors each; where it is "answered pictures", those that the model answers
+right, and ``answers`` what it says itself.
 """
 
 from __future__ import annotations

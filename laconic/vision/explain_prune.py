@@ -27,8 +27,8 @@ class ExplainPrune(VisionMethod):
     A profile holds a small convolution, trained once per model on examples that the model answers right. It foretells, from the
     attention that the words behind a picture give to its tokens in the first layer, how relevant each token is for the answer:
     attention weighted by its gradients, followed through all layers (see ``laconic.explain.relevance``). For that attention the
-    first layer's queries and keys of the whole prompt are computed once more; the words alone ask. The number of
-    tokens may be another than in training. Calibrate on prompts that are not those of the comparison.
+    first layer's queries and keys are computed once more, for the whole prompt; in a later turn of a conversation it is that of
+    this turn. Pictures may have more or fewer tokens than in training. Calibrate on prompts that are not those of the comparison.
     """
 
     id: ClassVar[str] = "explain_prune"

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import vlm
+from PIL import Image
+from typer.testing import CliRunner
 
 import laconic
+from laconic.cli import app
+from laconic.evaluation.examples import Example
+from laconic.evaluation.measure import Runner, prepare
 from laconic.explain.relevance import relevance
+from laconic.models.pictures import spans
 from laconic.profiles import make_profile, weights_from_json, weights_to_json
+from laconic.vision.base import VisionMethod
 from laconic.vision.explain_prune import ExplainPrune, examples_of
+from laconic.vision.picture import Picture
 from laconic.vision.student import RelevanceStudent, divergence, label_of, mean_divergence, train_student
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3")
@@ -56,8 +68,7 @@ def test_relevance_is_the_last_row_of_the_whole_product(family: str) -> None:
 
 def test_the_model_is_as_it_was_and_its_type_does_not_matter() -> None:
     x, answer = one("llava"), torch.tensor([11])
-    half = copy.deepcopy(vlm.build("llava")).to(torch.bfloat16).train()
-    half.eval()
+    half = copy.deepcopy(vlm.build("llava")).to(torch.bfloat16)
     before = {name: t.clone() for name, t in half.state_dict().items()}
     asked = [p.requires_grad for p in half.parameters()]
     found = relevance(half, x, answer)
@@ -98,7 +109,7 @@ def test_the_first_layer_is_asked_for_what_the_stock_model_attends_to(family: st
         maps = stock(family, x).attentions[0].mean(1)
         with laconic.apply(model, ExplainPrune()) as handle:
             model(**x)
-    held = laconic.models.pictures.spans(x["input_ids"], handle.entry.eyes, handle.entry.seen)
+    held = spans(x["input_ids"], handle.entry.eyes, handle.entry.seen)
     for (_, row, slots), picture in zip(held, handle.entry.pictures, strict=True):
         words = ((x["input_ids"][row] != vlm.IMAGE) & x["attention_mask"][row].bool()).nonzero()[:, 0]
         expected = maps[row, words[words > slots[-1]]][:, slots].mean(0)
@@ -141,7 +152,7 @@ def test_the_student_learns_takes_any_number_of_tokens_and_comes_back_from_json(
     torch.testing.assert_close(RelevanceStudent.of(weights_to_json(student))(attention), student(attention), atol=1e-2, rtol=1e-2)
 
 
-def test_a_profile_is_trained_found_and_fits_its_model(tmp_path: Any) -> None:
+def test_a_profile_is_trained_found_and_fits_its_model(tmp_path: Path) -> None:
     model = vlm.build("llava")
     prompts = [one("llava", (1 + seed % 2,), seed=seed) for seed in range(4)]
     answers = [torch.tensor([11 + seed, 12]) for seed in range(4)]
@@ -172,3 +183,60 @@ def test_a_question_has_to_stand_behind_its_picture() -> None:
     x = {**x, "input_ids": x["input_ids"][:, :end], "attention_mask": x["attention_mask"][:, :end]}
     with laconic.apply(model, "explain_prune:20%"), pytest.raises(laconic.LaconicError, match="behind a picture"):
         model(**x)
+
+
+def kept_by(model: Any, x: dict[str, torch.Tensor], scores: torch.Tensor, k: int, answer: torch.Tensor) -> float:
+    """Log-probability of an answer when only the k best tokens of the one picture are left."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Given(VisionMethod):
+        id: ClassVar[str] = "given"
+        paper: ClassVar[str] = ""
+
+        def score(self, picture: Picture) -> torch.Tensor:
+            return scores
+
+    with laconic.apply(model, Given(budget=k)), torch.no_grad():
+        logits = model(**longer(x, answer[:-1]), use_cache=True).logits[0, -len(answer) :]
+    return float(logits.log_softmax(-1).gather(1, answer[:, None]).sum())
+
+
+def test_what_is_relevant_carries_the_answer_further_than_chance() -> None:
+    """A quarter of the tokens, the most and the least relevant ones against random ones, the mean over prompts."""
+    model, generator, best, worst = vlm.build("llava"), torch.Generator().manual_seed(0), 0.0, 0.0
+    for seed in range(12):
+        x = one("llava", seed=seed)
+        with torch.no_grad():
+            answer = model.generate(**x, max_new_tokens=3, do_sample=False)[0, x["input_ids"].shape[1] :]
+        found = relevance(model, x, answer)
+        chance = sum(kept_by(model, x, torch.rand(64, generator=generator), 16, answer) for _ in range(4)) / 4
+        best += (kept_by(model, x, found, 16, answer) - chance) / 12
+        worst += (kept_by(model, x, -found, 16, answer) - chance) / 12
+    assert best > 1e-3 and worst < -1e-3
+
+
+def test_the_command_learns_from_what_the_model_answers_right(tmp_path: Path) -> None:
+    from laconic.models.shapes_processor import make_processor
+    from laconic.models.train_shapes import build_model
+
+    torch.manual_seed(0)
+    build_model().save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    task, ask = tmp_path / "mine.jsonl", {"prompt": "what colour", "image": "noise.png", "max_new_tokens": 2}
+    model, reader = laconic.load(str(tmp_path / "model"))
+    said = Runner(model, reader)
+    (item,) = prepare([Example("what colour", "?", max_new_tokens=2, pictures=(tmp_path / "noise.png",))], reader)
+    right = said.text(said.run(item).own)
+    command = ["profile", "explain_prune", "--model", str(tmp_path / "model"), "--task", str(task), "--json"]
+    task.write_text(json.dumps({**ask, "answer": "no such word"}) + "\n")
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "p.json")])
+    assert result.exit_code == 2 and "answers none of the 1 prompts" in result.stderr
+    task.write_text("".join(json.dumps({**ask, "answer": answer}) + "\n" for answer in ("no such word", right)))
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "p.json")])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["tables"]["pictures"] == 1
+    with laconic.apply(model, f"explain_prune(profile={tmp_path / 'p.json'}):10%") as handle, torch.no_grad():
+        model(input_ids=torch.tensor([item.ids]), **item.inputs)
+    assert len(handle.entry.reductions[0].kept) == 58
