@@ -36,7 +36,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         debug = options.get("debug", False)
         try:
-            if command.__name__ in ("compare", "generate", "tune", "sinks", "profile", "see") and not debug:
+            if command.__name__ in ("compare", "generate", "tune", "sinks", "profile", "see", "relevance") and not debug:
                 _silence_libraries()
             command(**options)
             sys.stdout.flush()
@@ -391,13 +391,10 @@ def see(
     """
     from laconic.evaluation.workload import open_model
     from laconic.vision.overlay import save_views
-    from laconic.vision.see import SHOWN_METHODS, scene_of
+    from laconic.vision.see import SHOWN_METHODS, asked_about
     from laconic.vision.see import see as run
 
-    picture, asked = scene_of(image) if image.partition(":")[0] == "scene" else (image, question)
-    question = question or asked
-    if not question:
-        raise LaconicError(f'There is no question about {image}: write laconic see {image} "What is this?".')
+    picture, question = asked_about(image, question)
     network, reader, _ = open_model(model, device, dtype)
     views, pictures = run(
         network, reader, [picture, *(also or [])], question, method or SHOWN_METHODS, max_new_tokens=max_new_tokens
@@ -522,12 +519,13 @@ def profile(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what a method has to know about a model, once, and keep it in a file; some methods train it.
+    """Measure what a method has to know about a model, once, and keep it in a file; for some methods, train it.
 
     Methods that reweight (zerotuning, act) look for the heads with which the prompts are answered better. The score is the share
     of right answers, and then the mean log-probability of these; without answers, minus the entropy of the next token. It is
-    the highest of many, so check it on other prompts. dhsa,
-    duo_attention and explain_prune train a part of theirs; explain_prune on the prompts that the model answers right.
+    the highest of many, so check it on other prompts.
+
+    dhsa, duo_attention and explain_prune are trained, explain_prune on those prompts that the model answers right.
 
     \b
     Examples:
@@ -616,6 +614,46 @@ def sinks(
         return
     _console().print(sink_table(report))
     print(summary(report))
+
+
+@explain.command()
+@guarded
+def relevance(
+    image: Annotated[str, typer.Argument(help="As in laconic see: a picture, or scene:N.")] = "scene:0",
+    question: Annotated[str | None, typer.Argument(help="What to ask about it; of a scene, by default its own question.")] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("laconic-relevance.png"),
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Which patches of a picture the model's answer rests on: attention, weighted by its gradients, through all layers.
+
+    The more relevant a patch is, the clearer it is shown; the less relevant half is faded. It takes the memory of the attention
+    maps of all layers twice, and computes in float32.
+
+    \b
+    Examples:
+      laconic explain relevance --model PATH_OR_HUB_ID
+      laconic explain relevance photo.jpg "What is on the table?" --model PATH_OR_HUB_ID --output table.png
+    """
+    from laconic.evaluation.workload import open_model
+    from laconic.explain.relevance import explain_answer
+    from laconic.vision.overlay import save_strip
+    from laconic.vision.see import asked_about
+
+    picture, question = asked_about(image, question)
+    network, reader, _ = open_model(model, device, dtype)
+    explained = explain_answer(network, reader, picture, question, max_new_tokens)
+    save_strip(output, explained.shown, explained.picture)
+    if as_json:
+        _print_json({"question": question, "model": model, "output": str(output), **explained.row()})
+        return
+    print(f"Answer: {explained.answer}")
+    print(f"Half of its relevance lies in {explained.half} of {explained.tokens} picture tokens.")
+    print(f"Picture: {output}")
 
 
 def main() -> None:

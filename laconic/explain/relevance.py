@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad, relu
@@ -16,10 +18,17 @@ from laconic.attention.base import Call
 from laconic.attention.engine import Policy
 from laconic.cache import KVLayer
 from laconic.errors import LaconicError
+from laconic.evaluation.measure import stop_ids
 from laconic.hooks import apply
 from laconic.kernels.ragged import dense
 from laconic.models.pictures import find_eyes
+from laconic.models.reading import open_picture, read, text_side
 from laconic.vision.inside import weights_of
+from laconic.vision.see import Shown, as_seen
+from laconic.vision.student import label_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def relevance(model: torch.nn.Module, inputs: dict[str, torch.Tensor], answer_ids: torch.Tensor) -> torch.Tensor:
@@ -52,6 +61,58 @@ def relevance(model: torch.nn.Module, inputs: dict[str, torch.Tensor], answer_id
     if not bool(found.any()):
         raise LaconicError("The answer has no relevance for the picture: no gradient gets there, so explain another answer.")
     return found
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What an answer about a picture rests on.
+
+    Attributes:
+        answer: of the dense model. picture: as the encoder saw it.
+        shown: the picture's layout with relevance as scores, and as depth that of the more relevant half over the largest.
+    """
+
+    answer: str
+    shown: Shown
+    picture: Image
+
+    @property
+    def tokens(self) -> int:
+        return int((~self.shown.layout.separators).sum())
+
+    @property
+    def half(self) -> int:
+        """How many of the most relevant tokens hold half of the relevance."""
+        shares = (self.shown.scores / self.shown.scores.sum()).sort(descending=True).values.cumsum(0)
+        return int((shares < 0.5).sum()) + 1
+
+    def row(self) -> dict[str, Any]:
+        """In JSON types, the relevance of the tokens in the order of the prompt."""
+        return {"answer": self.answer, "tokens": self.tokens, "half": self.half, "relevance": self.shown.scores.tolist()}
+
+
+def explain_answer(model: torch.nn.Module, reader: Any, picture: Any, question: str, max_new_tokens: int = 8) -> Explained:
+    """Asks about one picture and tells which of its tokens the greedy answer rests on (see ``relevance``).
+
+    Args:
+        model, reader: a vision-language model and its processor, as ``laconic.load`` gives them.
+        picture: a path, a Pillow image, or a scene.
+    """
+    opened = open_picture(picture)
+    inputs = {name: t.to(model.device) for name, t in read(reader, question, [opened]).items()}
+    tokenizer, prompt = text_side(reader), inputs["input_ids"].shape[1]
+    stop = stop_ids(model, tokenizer)
+    with apply(model, "uniform:100%") as handle, torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        (seen,) = handle.entry.pictures
+    answer = [token for token in ids[0, prompt:].tolist() if token not in stop]
+    if not answer:
+        raise LaconicError("The model answers nothing, so there is no answer to explain: ask something else.")
+    found = relevance(model, inputs, torch.tensor(answer)).cpu().masked_fill(seen.layout.separators, 0.0)
+    label = label_of(found)
+    shown = Shown(seen.layout, label / label.max(), scores=found)
+    said = tokenizer.decode(answer, skip_special_tokens=True).strip()
+    return Explained(said, shown, as_seen(opened, inputs, reader, 0))
 
 
 def _pictured(model: torch.nn.Module, inputs: dict[str, torch.Tensor], answer_ids: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ from laconic.evaluation.examples import Example
 from laconic.evaluation.measure import Runner, prepare
 from laconic.explain.relevance import relevance
 from laconic.models.pictures import spans
+from laconic.models.shapes_processor import make_processor
+from laconic.models.train_shapes import build_model
 from laconic.profiles import make_profile, weights_from_json, weights_to_json
 from laconic.vision.base import VisionMethod
 from laconic.vision.explain_prune import ExplainPrune, examples_of
@@ -215,21 +217,25 @@ def test_what_is_relevant_carries_the_answer_further_than_chance() -> None:
     assert best > 1e-3 and worst < -1e-3
 
 
-def test_the_command_learns_from_what_the_model_answers_right(tmp_path: Path) -> None:
-    from laconic.models.shapes_processor import make_processor
-    from laconic.models.train_shapes import build_model
-
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of the built-in architecture and its processor on disk."""
     torch.manual_seed(0)
-    build_model().save_pretrained(tmp_path / "model")
-    make_processor().save_pretrained(tmp_path / "model")
+    path = tmp_path_factory.mktemp("model")
+    build_model().save_pretrained(path)
+    make_processor().save_pretrained(path)
+    return path
+
+
+def test_the_command_learns_from_what_the_model_answers_right(folder: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")
     task, ask = tmp_path / "mine.jsonl", {"prompt": "what colour", "image": "noise.png", "max_new_tokens": 2}
-    model, reader = laconic.load(str(tmp_path / "model"))
+    model, reader = laconic.load(str(folder))
     said = Runner(model, reader)
     (item,) = prepare([Example("what colour", "?", max_new_tokens=2, pictures=(tmp_path / "noise.png",))], reader)
     right = said.text(said.run(item).own)
-    command = ["profile", "explain_prune", "--model", str(tmp_path / "model"), "--task", str(task), "--json"]
+    command = ["profile", "explain_prune", "--model", str(folder), "--task", str(task), "--json"]
     task.write_text(json.dumps({**ask, "answer": "no such word"}) + "\n")
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "p.json")])
     assert result.exit_code == 2 and "answers none of the 1 prompts" in result.stderr
@@ -240,3 +246,22 @@ def test_the_command_learns_from_what_the_model_answers_right(tmp_path: Path) ->
     with laconic.apply(model, f"explain_prune(profile={tmp_path / 'p.json'}):10%") as handle, torch.no_grad():
         model(input_ids=torch.tensor([item.ids]), **item.inputs)
     assert len(handle.entry.reductions[0].kept) == 58
+
+
+def test_the_command_shows_what_an_answer_rests_on(folder: Path, tmp_path: Path) -> None:
+    command = ["explain", "relevance", "scene:1", "--model", str(folder), "-o", str(tmp_path / "out.png")]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    scores = sorted(found["relevance"], reverse=True)
+    assert len(scores) == found["tokens"] == 576 and min(scores) >= 0
+    assert sum(scores[: found["half"]]) >= sum(scores) / 2 > sum(scores[: found["half"] - 1])
+    pixels = np.asarray(Image.open(tmp_path / "out.png").convert("L")).reshape(24, 14, 24, 14).mean((1, 3)).flatten()
+    relevant = np.argsort(found["relevance"])
+    assert pixels[relevant[:288]].mean() > pixels[relevant[-100:]].mean()  # the less relevant half is faded
+    assert "Half of its relevance lies in" in CliRunner().invoke(app, command).stdout
+
+
+def test_without_a_question_nothing_is_explained(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["explain", "relevance", "photo.jpg", "--model", str(folder)])
+    assert result.exit_code == 2 and "no question about photo.jpg" in result.stderr
