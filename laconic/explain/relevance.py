@@ -6,6 +6,7 @@ Task-Related Token Compression in Multimodal Large Language Models from an Expla
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def relevance(model: torch.nn.Module, inputs: dict[str, torch.Tensor], answer_id
         LaconicError: where no gradient reaches a picture token ("no relevance"), or the inputs cannot be explained.
     """
     pictured = _pictured(model, inputs, answer_ids)
-    maps, count = _Maps(), len(answer_ids)
+    maps, count = _Maps(len(pictured)), len(answer_ids)
     with _float32(model), apply(model, "dense") as handle, torch.enable_grad():
         handle.policy = maps
         logits = model(**_extended(model, inputs, answer_ids), use_cache=True, logits_to_keep=count).logits[0]
@@ -152,13 +153,21 @@ def _followed(logit: torch.Tensor, weights: list[torch.Tensor], at: int) -> torc
 
 
 class _Maps(Policy):
-    """Dense attention that holds its weights, (kv_heads, group, n, n) per layer, for their gradients. One row, one forward."""
+    """Dense attention that holds its weights, (kv_heads, group, n, n) per layer, for their gradients. One row, one forward.
 
-    def __init__(self) -> None:
+    ``prompt``: tokens before the answer, which do not see it.
+    """
+
+    def __init__(self, prompt: int) -> None:
         super().__init__(())
+        self.prompt = prompt
         self.weights: list[torch.Tensor] = []
 
     def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
+        if call.reach is not None:  # where a whole prompt sees itself, its answer would be taken for a part of it
+            at = layer.shared_positions[:, 0]
+            reach = torch.where(at < self.prompt, call.reach.clamp(max=self.prompt - 1), at)
+            call = dataclasses.replace(call, reach=reach)
         weights, _ = weights_of(layer, call, 0, torch.arange(layer.n, device=call.query.device))
         if not weights.requires_grad:  # the first layer's: nothing before it is asked for a gradient
             weights.requires_grad_()
