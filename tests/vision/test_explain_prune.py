@@ -119,6 +119,23 @@ def test_the_first_layer_is_asked_for_what_the_stock_model_attends_to(family: st
         torch.testing.assert_close(picture.from_words, expected, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", vlm.FAMILIES)
+def test_every_picture_of_a_prompt_is_an_example_of_its_own(family: str) -> None:
+    model, x, answer = vlm.build(family), one(family, (2,)), torch.tensor([11, 12])
+    examples, found = examples_of(model, x, answer), relevance(model, x, answer)
+    with laconic.apply(model, ExplainPrune()) as handle, torch.no_grad():
+        model(**x)
+    begin = 0
+    for (attention, label), picture in zip(examples, handle.entry.pictures, strict=True):
+        own = found[begin : begin + len(picture.layout)][picture.cells]
+        begin += len(picture.layout)
+        assert torch.equal(attention, picture.from_words[picture.cells]) and float(label.sum()) == pytest.approx(1, abs=1e-5)
+        assert int((label == 0).sum()) >= len(own) // 2
+        upper = own.masked_fill(label == 0, 0.0)
+        torch.testing.assert_close(label, upper / upper.sum(), atol=1e-6, rtol=1e-3)
+    assert begin == len(found) and len(examples) == 2
+
+
 def test_the_loss_is_zero_only_where_both_are_equal() -> None:
     label = label_of(torch.rand(40, generator=torch.Generator().manual_seed(0)))
     same = divergence(label[None], label.clamp(min=1e-30).log()[None])
