@@ -391,13 +391,10 @@ def see(
     """
     from laconic.evaluation.workload import open_model
     from laconic.vision.overlay import save_views
-    from laconic.vision.see import SHOWN_METHODS, scene_of
+    from laconic.vision.see import SHOWN_METHODS, asked_about
     from laconic.vision.see import see as run
 
-    picture, asked = scene_of(image) if image.partition(":")[0] == "scene" else (image, question)
-    question = question or asked
-    if not question:
-        raise LaconicError(f'There is no question about {image}: write laconic see {image} "What is this?".')
+    picture, question = asked_about(image, question)
     network, reader, _ = open_model(model, device, dtype)
     views, pictures = run(
         network, reader, [picture, *(also or [])], question, method or SHOWN_METHODS, max_new_tokens=max_new_tokens
@@ -522,11 +519,13 @@ def profile(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what a method has to know about a model, once, and keep it in a file; for dhsa and duo_attention, train it.
+    """Measure what a method has to know about a model, once, and keep it in a file; for some methods, train it.
 
     Methods that reweight (zerotuning, act) look for the heads with which the prompts are answered better. The score is the share
     of right answers, and then the mean log-probability of these; without answers, minus the entropy of the next token. It is
     the highest of many, so check it on other prompts.
+
+    dhsa, duo_attention and explain_prune are trained, explain_prune on those prompts that the model answers right.
 
     \b
     Examples:
@@ -534,20 +533,23 @@ def profile(
       laconic profile dhsa --model PATH_OR_HUB_ID --samples 16 --output dhsa.json
       laconic profile zerotuning --model PATH_OR_HUB_ID --task mine.jsonl --samples 40 --output zt.json
       laconic profile attention_debias --model PATH_OR_HUB_ID --samples 40 --output debias.json
+      laconic profile explain_prune --model PATH_OR_HUB_ID --samples 2000 --output explain.json
       laconic compare --model PATH_OR_HUB_ID --methods "fasa(profile=fasa.json)" --budgets 10%
     """
     from dataclasses import asdict
 
-    from laconic.evaluation.calibration import calibration_pictures, calibration_texts
+    from laconic.evaluation.calibration import answered_pictures, calibration_pictures, calibration_texts
     from laconic.evaluation.workload import default_task, open_model
     from laconic.profiles import make_profile
     from laconic.registry import find
 
-    on_pictures = getattr(find(method), "calibrates_on", "texts") == "pictures"
+    calibrates_on = getattr(find(method), "calibrates_on", "texts")
     network, tokenizer, _ = open_model(model, device, dtype)
     task = task or default_task(tokenizer)
-    if on_pictures:
+    if calibrates_on == "pictures":
         texts, answers = calibration_pictures(tokenizer, task, samples, seed), None
+    elif calibrates_on == "answered pictures":
+        texts, answers = answered_pictures(network, tokenizer, task, samples, seed)
     else:
         texts, answers = calibration_texts(tokenizer, text, task, tokens, samples, seed)
     made = make_profile(method, network, texts, seed, answers)
@@ -692,6 +694,46 @@ def dominance(
         return
     _console().print(dominance_table(report))
     print(summary(report))
+
+
+@explain.command()
+@guarded
+def relevance(
+    image: Annotated[str, typer.Argument(help="As in laconic see: a picture, or scene:N.")] = "scene:0",
+    question: Annotated[str | None, typer.Argument(help="What to ask about it; of a scene, by default its own question.")] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("laconic-relevance.png"),
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Which patches of a picture the model's answer rests on: attention, weighted by its gradients, through all layers.
+
+    The more relevant a patch is, the clearer it is shown; the less relevant half is faded. It takes the memory of the attention
+    maps of all layers twice, and computes in float32.
+
+    \b
+    Examples:
+      laconic explain relevance --model PATH_OR_HUB_ID
+      laconic explain relevance photo.jpg "What is on the table?" --model PATH_OR_HUB_ID --output table.png
+    """
+    from laconic.evaluation.workload import open_model
+    from laconic.explain.relevance import explain_answer
+    from laconic.vision.overlay import save_strip
+    from laconic.vision.see import asked_about
+
+    picture, question = asked_about(image, question)
+    network, reader, _ = open_model(model, device, dtype)
+    explained = explain_answer(network, reader, picture, question, max_new_tokens)
+    save_strip(output, explained.shown, explained.picture)
+    if as_json:
+        _print_json({"question": question, "model": model, "output": str(output), **explained.row()})
+        return
+    print(f"Answer: {explained.answer}")
+    print(f"Half of its relevance lies in {explained.half} of {explained.tokens} picture tokens.")
+    print(f"Picture: {output}")
 
 
 def main() -> None:

@@ -4,11 +4,13 @@ A method that needs one says ``needs = "calibration"``, has a parameter ``profil
 built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON; one that learns from right
 answers takes ``answers=None`` too, one that draws random numbers ``seed``. ``find_profile`` gives the tables back, and refuses
 those of another model in one sentence that names the command which makes them. Where ``calibrates_on`` is "pictures", the texts
-are the inputs of prompts with pictures, one dict of tensors each.
+are the inputs of prompts with pictures, one dict of tensors each; where it is "answered pictures", those that the model answers
+right, and ``answers`` what it says itself.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import inspect
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from laconic.errors import LaconicError, quote
@@ -77,6 +80,22 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "rope": rope.layout if rope is not None else None,
         "weights": digest.hexdigest()[:16],
+    }
+
+
+def weights_to_json(module: torch.nn.Module) -> dict[str, Any]:
+    """The weights of a small network: 16-bit floats in base64, by name, with their shapes."""
+    return {
+        name: {"shape": list(t.shape), "data": base64.b64encode(t.detach().cpu().half().numpy().tobytes()).decode()}
+        for name, t in module.state_dict().items()
+    }
+
+
+def weights_from_json(tables: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What ``weights_to_json`` gave as a state, float32."""
+    return {
+        name: torch.from_numpy(np.frombuffer(base64.b64decode(t["data"]), np.float16).reshape(t["shape"]).astype(np.float32))
+        for name, t in tables.items()
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, pad
 
 from laconic.primitives.scores import capped
+from laconic.profiles import weights_from_json
 
 WINDOW = 4  # keys on each side of a gap that are looked at
 HEADS, HIDDEN = 4, 128  # of the network
@@ -46,20 +46,10 @@ class BoundaryPredictor(nn.Module):
         alike = cosine_similarity(left, right, dim=-1)[:, None]
         return self.compare(torch.cat([left, right, (left - right).abs(), left * right, alike], dim=-1))[:, 0]
 
-    def tables(self) -> dict[str, Any]:
-        """The weights as JSON: 16-bit floats in base64, by name, with their shapes."""
-        return {
-            name: {"shape": list(t.shape), "data": base64.b64encode(t.detach().cpu().half().numpy().tobytes()).decode()}
-            for name, t in self.state_dict().items()
-        }
-
     @classmethod
     def of(cls, tables: dict[str, Any]) -> BoundaryPredictor:
-        """What ``tables`` gave."""
-        state = {
-            name: torch.from_numpy(np.frombuffer(base64.b64decode(t["data"]), np.float16).reshape(t["shape"]).astype(np.float32))
-            for name, t in tables.items()
-        }
+        """One with the weights that ``weights_to_json`` gave."""
+        state = weights_from_json(tables)
         predictor = cls(state["norm.weight"].shape[0])
         predictor.load_state_dict(state)
         return predictor.eval().requires_grad_(False)
@@ -105,9 +95,7 @@ def train_predictor(examples: list[tuple[torch.Tensor, torch.Tensor]], seed: int
             for keys, labels in examples:
                 known = ~labels.isnan()
                 logits, target = predictor(keys)[known], labels[known]
-                loss = binary_cross_entropy_with_logits(
-                    logits, target, pos_weight=torch.tensor(POSITIVE), reduction="none"
-                )
+                loss = binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(POSITIVE), reduction="none")
                 right = torch.where(target > 0, logits.sigmoid(), 1 - logits.sigmoid())
                 optimizer.zero_grad()
                 ((1 - right) ** 2 * loss).mean().backward()

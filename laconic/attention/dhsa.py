@@ -16,7 +16,7 @@ from laconic.attention.probe import Probe
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.profiles import layer_tables, need_file
+from laconic.profiles import layer_tables, need_file, weights_to_json
 from laconic.registry import register
 
 BORDERS, REDUCE = ("predicted", "fixed"), ("sum", "mean")
@@ -135,7 +135,7 @@ class DHSA(PrefillMethod):
         true = torch.cat([labels[~labels.isnan()] > 0 for _, labels in pairs])
         both = float((said & true).sum())
         return {
-            "weights": predictor.tables(),
+            "weights": weights_to_json(predictor),
             "borders": round(float(true.float().mean()), 4),
             "found": round(both / max(float(true.sum()), 1), 4),
             "right": round(both / max(float(said.sum()), 1), 4),

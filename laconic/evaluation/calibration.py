@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from laconic.errors import LaconicError, quote
-from laconic.evaluation.examples import Example
+from laconic.evaluation import metrics
+from laconic.evaluation.answers import RIGHT
+from laconic.evaluation.examples import Example, Task
 from laconic.evaluation.haystack import read_text, reference_text
+from laconic.evaluation.measure import Runner, prepare
 from laconic.evaluation.tasks import load_task
 from laconic.models.reading import read, sees, text_side
 
@@ -31,13 +35,36 @@ def text_samples(tokenizer: Any, text: Path | None, tokens: int, samples: int) -
 
 def calibration_pictures(reader: Any, task: str, samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """The inputs of the prompts of a task that shows pictures."""
+    return [read(reader, example.prompt, example.pictures) for example in _pictured(reader, task, samples, seed).examples]
+
+
+def answered_pictures(
+    model: torch.nn.Module, reader: Any, task: str, samples: int, seed: int
+) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+    """Those prompts of a task that shows pictures which the model answers right: their inputs, and the token ids that it answers
+    with, the end mark not among them."""
+    made = _pictured(reader, task, samples, seed)
+    runner, texts, answers = Runner(model, reader), [], []
+    for item in prepare([example for example in made.examples if example.answer is not None], reader):
+        said = [token for token in runner.run(item).forced if token not in runner.stop]
+        example = item.example
+        if said and metrics.score(made.metric, runner.text(said), example.answer, example.choices) >= RIGHT:
+            texts.append({"input_ids": torch.tensor([item.ids]), **item.inputs})
+            answers.append(torch.tensor(said))
+    if not texts:
+        raise LaconicError(f"The model answers none of the {len(made.examples)} prompts of {task} right: give more --samples.")
+    return texts, answers
+
+
+def _pictured(reader: Any, task: str, samples: int, seed: int) -> Task:
+    """The examples of a task that show pictures."""
     if not sees(reader):
         raise LaconicError("This method calibrates on pictures, and the model reads text only: use one that sees.")
     made = load_task(task, text_side(reader), samples=samples, seed=seed)
     examples = [example for example in made.examples if example.pictures]
     if not examples:
         raise LaconicError(f"The task {task} shows no pictures: use shapes_vqa, or a JSONL file with 'image' in its lines.")
-    return [read(reader, example.prompt, example.pictures) for example in examples]
+    return dataclasses.replace(made, examples=examples)
 
 
 def calibration_texts(

@@ -41,6 +41,7 @@ IGNORED = -100
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
 FACTS = {  # what each patch is asked: kinds of answers, 0 for none
     "shape": len(SHAPES) + 2, "colour": len(COLOURS) + 1, "middle": 2, "size": 4, "word": len(WORDS) + 1, "tens": 11, "ones": 11,
+    "row": SIDE // CELL + 1, "column": SIDE // CELL + 1,
 }  # fmt: skip
 NAMED = {"row": SIDE // CELL, "column": SIDE // CELL, "size": len(RADII)}  # what a word that names a thing is asked
 HALF_WAY = 2  # the layer of the language model after which it is asked
@@ -202,7 +203,7 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
     positions = np.concatenate([places, places_of_text], axis=1)  # the language model, too, sees a window of the full grid
     most = max(map(len, asked))
     types = np.array([[TYPES.index(q.type) for q in qs] + [-1] * (most - len(qs)) for qs in asked])
-    facts, kinds, sign = label(scenes)
+    facts, kinds, sign = label(scenes, corner)
     places, ids, block, positions, answers, named = map(torch.from_numpy, (places, ids, block, positions, answers, named))
     return Batch(torch.from_numpy(pixels).float(), places, ids, block, chat, positions, answers, named, types, facts, kinds, sign)
 
@@ -223,8 +224,13 @@ def size_of(thing: Thing) -> int:
     return sum(thing.radius > 1.2 * radius for radius in RADII[:-1])
 
 
-def label(scenes: list[Scene]) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
-    """What each patch shows, ``(batch, patches)`` by name, which kinds of things are there, and what the sign says."""
+def label(
+    scenes: list[Scene], corner: np.ndarray
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+    """What each patch shows, ``(batch, patches)`` by name, which kinds of things are there, and what the sign says.
+
+    ``corner``: row and column of each picture in the whole grid, ``(batch, 2)``.
+    """
     n = scenes[0].side // CELL
     facts = {name: np.zeros((len(scenes), n, n), dtype=int) for name in FACTS}
     kinds = np.zeros((len(scenes), len(SHAPES), len(COLOURS)), dtype=np.float32)
@@ -237,6 +243,9 @@ def label(scenes: list[Scene]) -> tuple[dict[str, torch.Tensor], torch.Tensor, d
             facts["size"][i][cells] = 1 + size_of(thing)
             facts["middle"][i][int(thing.y // CELL), int(thing.x // CELL)] = 1
             kinds[i, shape, colour] = 1
+        shown = facts["shape"][i] > 0
+        for name, place, along in zip(("row", "column"), corner[i], np.indices((n, n)), strict=True):
+            facts[name][i] = np.where(shown, 1 + place + along, IGNORED)
         plate = scene.cells("sign")
         facts["shape"][i][plate] = len(SHAPES) + 1
         for name in ("word", "tens", "ones"):

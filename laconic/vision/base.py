@@ -53,7 +53,7 @@ class VisionMethod(Method):
     verbs: ClassVar[tuple[str, ...]] = ("drop",)
     claims: ClassVar[tuple[Claim, ...]] = PICTURE_CLAIMS
     thins: ClassVar[bool] = False  # lets patches leave inside the encoder (see ``laconic.vision.thinning``)
-
+    reads_first_layer: ClassVar[bool] = False  # looks at ``Picture.from_words``
     rests: ClassVar[tuple[str, ...]] = ("drop", "park")
 
     positions: str = parameter("keep", "keep: kept tokens stand where they stood; compact: renumbered without gaps", search=())

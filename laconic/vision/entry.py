@@ -17,6 +17,7 @@ from laconic.method import Method
 from laconic.models.pictures import Seen, cell_side, feature_block, find_eyes, look, spans
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
+from laconic.vision.first_layer import FirstLayer
 from laconic.vision.parking import PARKED, Parked, by_axis, by_row
 from laconic.vision.picture import Picture
 from laconic.vision.thinning import Thinning
@@ -37,7 +38,7 @@ class Entry:
 
     def __init__(self, model: torch.nn.Module, methods: tuple[Method, ...], in_force: Callable[[], bool]) -> None:
         self.methods = tuple(method for method in methods if isinstance(method, VisionMethod))
-        self.eyes, self._in_force = find_eyes(model), in_force
+        self.model, self.eyes, self._in_force = model, find_eyes(model), in_force
         self.compact = any(m.positions == "compact" for m in self.methods)
         self.parks = any(m.rest == "park" and not m.budget.is_full for m in self.methods)
         self._words = model.get_input_embeddings()
@@ -152,7 +153,7 @@ class Entry:
         if self._fresh and request.positions.shape[1] > 1:
             if self.parks:
                 self._park(kwargs)
-            self._choose(self._ids(), kwargs["inputs_embeds"])
+            self._choose(kwargs)
             kwargs = self._shorten(kwargs)
         elif parked is not None:
             parked = parked.and_then(self._ids(), request.positions, by_row(self._positions(kwargs)))
@@ -169,9 +170,9 @@ class Entry:
             raise LaconicError("Pictures are found by the ids of their tokens: give input_ids, not inputs_embeds.")
         return ids
 
-    def _choose(self, ids: torch.Tensor, embeddings: torch.Tensor) -> None:
+    def _choose(self, kwargs: dict[str, Any]) -> None:
         """What the methods leave of every picture of the prompt: ``pictures`` and ``reductions``."""
-        self.pictures = self._open(ids, embeddings, self._request.positions.to(embeddings.device) >= 0)
+        self.pictures = self._open(self._ids(), kwargs)
         self.reductions = [self._reduce(picture) for picture in self.pictures]
         if PARKED in self._request.memory:
             kept = [reduction.kept for reduction in self.reductions]
@@ -220,8 +221,11 @@ class Entry:
         for features, (_, row, slots) in zip(parked.features, spans(parked.ids, self.eyes, self.seen), strict=True):
             embeddings[row, slots] = features
         embeddings[:, -new.shape[1] :] = new
+        whole = {**kwargs, "inputs_embeds": embeddings, "position_ids": by_axis(parked.places)}
+        if parked.deep is not None:
+            whole |= {"deepstack_visual_embeds": parked.deep, "visual_pos_masks": parked.ids == self.eyes.image}
         request.positions = parked.positions
-        self._choose(parked.ids, embeddings)
+        self._choose(whole)
         if all(torch.equal(old, reduction.kept) for old, reduction in zip(parked.kept, self.reductions, strict=True)):
             request.positions = late
             return kwargs
@@ -230,10 +234,7 @@ class Entry:
         cache.reset()  # all that stands behind a picture has changed
         request.memory[PARKED], request.positions = parked, parked.positions
         self._late = new.shape[1]
-        kwargs = {**kwargs, "inputs_embeds": embeddings, "position_ids": by_axis(parked.places)}
-        if parked.deep is not None:
-            kwargs |= {"deepstack_visual_embeds": parked.deep, "visual_pos_masks": parked.ids == self.eyes.image}
-        return self._shorten(kwargs)
+        return self._shorten(whole)
 
     def _reduce(self, picture: Picture) -> Reduction:
         """What all methods in turn leave of a picture."""
@@ -248,9 +249,12 @@ class Entry:
             reduction = method.reduce(picture, k)
         return reduction
 
-    def _open(self, ids: torch.Tensor, embeddings: torch.Tensor, real: torch.Tensor) -> list[Picture]:
+    def _open(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> list[Picture]:
         """The pictures of this forward in the order of the prompt."""
-        seen, pictures = self.seen, []
+        seen, pictures, embeddings, first_layer = self.seen, [], kwargs["inputs_embeds"], None
+        real = self._request.positions.to(embeddings.device) >= 0
+        if any(method.reads_first_layer for method in self.methods):
+            first_layer = FirstLayer(self.eyes.language, {**kwargs, "position_ids": self._positions(kwargs)}, self._request)
         special = ids == self.eyes.image
         if self.eyes.video is not None:
             special |= ids == self.eyes.video
@@ -262,7 +266,8 @@ class Entry:
                     after=words > slots[-1], trace=self._trace, encoded=self._encoded,
                     first=seen.firsts[i], window=seen.windows and seen.windows[i], order=seen.orders and seen.orders[i],
                     number=len(pictures),
-                    projector=self.eyes.projector, pixels=self._pixels_of(seen, i),
+                    projector=self.eyes.projector, pixels=self._pixels_of(seen, i), model=self.model,
+                    from_words=first_layer and first_layer.attention(row, words[words > slots[-1]], slots),
                 )
             )  # fmt: skip
         return pictures

@@ -112,6 +112,14 @@ def save_views(path: str | Path, views: Sequence[View], pictures: Sequence[Image
         raise LaconicError(f"The pictures cannot be written to {path} ({error}): give a path ending in .png or .html.") from None
 
 
+def save_strip(path: str | Path, shown: Shown, picture: Image) -> None:
+    """Writes one picture with what is ``shown`` of it."""
+    try:
+        _strip(shown, picture).save(path)
+    except (OSError, ValueError) as error:
+        raise LaconicError(f"The picture cannot be written to {path} ({error}): give a path ending in .png.") from None
+
+
 def _page(views: Sequence[View], pictures: Sequence[Image], question: str) -> str:
     """A self-contained page: one figure per view and picture, with a title on every patch."""
     from jinja2 import Environment, PackageLoader
@@ -120,7 +128,7 @@ def _page(views: Sequence[View], pictures: Sequence[Image], question: str) -> st
     for view in views:
         shown = [
             {
-                "data": data_address(_strip(view, number, picture)),
+                "data": data_address(_strip(_shown(view, number), picture)),
                 "cells": _cells(view.pictures[number]) if number < len(view.pictures) else [],
             }
             for number, picture in enumerate(pictures)
@@ -162,7 +170,7 @@ def _panel(view: View, pictures: Sequence[Image], dense: View) -> Image:
     """One view: its pictures, and below what is to be said."""
     from PIL import Image, ImageDraw
 
-    shown = [_strip(view, number, picture) for number, picture in enumerate(pictures)]
+    shown = [_strip(_shown(view, number), picture) for number, picture in enumerate(pictures)]
     width = max(SIDE, max(image.width for image in shown))
     height = sum(image.height + 4 for image in shown)
     name = textwrap.wrap(view.recipe, width // 8)
@@ -184,13 +192,17 @@ def _panel(view: View, pictures: Sequence[Image], dense: View) -> Image:
     return panel
 
 
-def _strip(view: View, number: int, picture: Image) -> Image:
-    """One picture of a view: whole, and beside it in parts where the encoder saw parts."""
+def _shown(view: View, number: int) -> Shown | None:
+    """What became of a picture of a view; None where nothing did."""
+    return view.pictures[number] if number < len(view.pictures) else None
+
+
+def _strip(shown: Shown | None, picture: Image) -> Image:
+    """One picture: whole, and beside it in parts where the encoder saw parts."""
     from PIL import Image
 
-    if number >= len(view.pictures):
+    if shown is None:
         return picture.resize(_fit(picture.size))
-    shown = view.pictures[number]
     whole = overlay(picture, shown)
     rows, columns = shown.layout.parts
     if not rows:
@@ -219,4 +231,3 @@ def _font(size: int):
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
-

@@ -71,6 +71,10 @@ class Picture:
         window: where the encoder works on one row of all patches, this picture's (first, last + 1).
         number: of the picture in the forward; projector: what makes tokens of the encoder's features.
         pixels: ``(crops, 3, height, width)`` as the encoder was given them, where it was given a grid of them.
+        model: the model that looks at it, for methods that have to know which it is.
+        from_words: float32 ``(n,)``, attention that each token gets from the words behind the picture in the language model's
+            first layer, before anything is dropped: the mean over heads and words. None where no method ``reads_first_layer``,
+            and where no word stands behind it.
         order: where the encoder has its patches in another order than the layout's cells, the place of each cell's patches.
     """
 
@@ -86,6 +90,8 @@ class Picture:
     number: int = 0
     pixels: torch.Tensor | None = None
     projector: Any = None
+    model: Any = None
+    from_words: torch.Tensor | None = None
 
     @functools.cached_property
     def cells(self) -> torch.Tensor:

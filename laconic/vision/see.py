@@ -78,6 +78,14 @@ def scene_of(name: str) -> tuple[Any, str]:
     return scene, question.text
 
 
+def asked_about(image: str, question: str | None) -> tuple[Any, str]:
+    """The picture at a path, or of ``scene:N``, and what is asked about it: of a scene, where nothing is, its own question."""
+    picture, own = scene_of(image) if image.partition(":")[0] == "scene" else (image, None)
+    if not (question or own):
+        raise LaconicError(f'There is no question about {image}: write one behind it, such as "What is this?".')
+    return picture, question or own
+
+
 def see(
     model: torch.nn.Module,
     reader: Any,

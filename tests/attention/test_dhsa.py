@@ -17,7 +17,7 @@ from laconic import LaconicError
 from laconic.attention import dhsa
 from laconic.attention.boundaries import RATIO, WINDOW, BoundaryPredictor, border_labels, choose_borders, train_predictor
 from laconic.attention.dhsa import DHSA
-from laconic.profiles import make_profile
+from laconic.profiles import make_profile, weights_to_json
 
 FIXED = "borders=fixed"
 
@@ -46,7 +46,7 @@ def test_the_network_sees_a_window_around_each_gap_and_comes_back_from_json() ->
     far = keys.clone()
     far[[*range(20 - WINDOW + 1), *range(20 + WINDOW + 1, 30)]] *= -2
     assert torch.equal(predictor(far)[20], logits[20]) and not torch.allclose(predictor(far)[3], logits[3])
-    again = BoundaryPredictor.of(predictor.tables())
+    again = BoundaryPredictor.of(weights_to_json(predictor))
     torch.testing.assert_close(again(keys), logits, atol=2e-3, rtol=2e-3)
 
 

@@ -11,8 +11,10 @@ from test_entry import split
 
 import laconic
 from laconic import registry
+from laconic.profiles import weights_to_json
 from laconic.vision.base import VisionMethod
 from laconic.vision.inside import InsideMethod
+from laconic.vision.student import RelevanceStudent
 
 METHODS = {row["id"]: registry.find(row["id"]) for row in laconic.methods() if row["stage"] == "vision"}
 BEFORE = [name for name, cls in METHODS.items() if issubclass(cls, VisionMethod)]
@@ -24,8 +26,10 @@ FAMILIES = ("llava", "llava_siglip", "llava_next", "qwen2_5_vl", "gemma3")
 
 @pytest.fixture(autouse=True)
 def profiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trend for methods that need one."""
-    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: {"slope": [0.7] * 4, "height": [1.0] * 4})
+    """What methods need to know of a model: a trend, and the weights of a student."""
+    torch.manual_seed(0)
+    tables = {"slope": [0.7] * 4, "height": [1.0] * 4, "weights": weights_to_json(RelevanceStudent())}
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: tables)
 
 
 def prepared(name: str, family: str) -> Any:
