@@ -70,7 +70,8 @@ def build_model():
     tower = model.model.vision_tower
     with torch.no_grad():
         model.model.language_model.embed_tokens.weight.normal_(0.0, 1.0)
-        tower.embeddings.position_embedding.weight[1:] = 0.5 * grid_positions(SIDE // CELL, vision.hidden_size)
+        # louder than usual: patches of high contrast get loud while learning, and would drown where they lie
+        tower.embeddings.position_embedding.weight[1:] = 2.5 * grid_positions(SIDE // CELL, vision.hidden_size)
         for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
             linear.weight.normal_(0.0, 0.12)  # pictures come in as loud as words
         for layer in tower.encoder.layers:  # CLIP's own start is made for much wider models
