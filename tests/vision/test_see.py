@@ -108,14 +108,14 @@ def test_training_learns_something_in_a_few_steps() -> None:
 
     torch.manual_seed(0)
     model = train_shapes.build_model()
-    heads = train_shapes.Heads(model.config.vision_config.hidden_size)
-    batch = train_shapes.SceneMaker(0).batch((56, 2))
+    heads = train_shapes.Heads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
+    batch = train_shapes.SceneMaker(0).batch((56, 2, 24))
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-3)
     before = None
     for _ in range(12):
         loss, extra, _ = train_shapes.losses(model, heads, batch)
-        before = before or (float(loss), float(extra))
+        before = before or (loss.item(), extra.item())
         optimizer.zero_grad()
         (loss + extra).backward()
         optimizer.step()
-    assert float(loss) < 0.6 * before[0] and float(extra) < before[1]
+    assert loss.item() < 0.6 * before[0] and extra.item() < before[1]
