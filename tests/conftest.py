@@ -49,3 +49,18 @@ def tiny_path(tiny: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -
     for part in tiny:
         part.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model of the built-in vision-language architecture, and its processor, on disk."""
+    import torch
+
+    from laconic.models.shapes_processor import make_processor
+    from laconic.models.train_shapes import build_model
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    build_model().save_pretrained(path)
+    make_processor().save_pretrained(path)
+    return str(path)

@@ -14,7 +14,7 @@ DEFAULT_METHODS = (
     "dense", "random", "streaming", "knorm", "tova", "snapkv", "h2o", "tokenselect", "recycled_attention",
 )  # fmt: skip
 DEFAULT_BUDGETS = ("5%", "10%", "20%", "50%")
-PICTURE_METHODS = ("dense", "random_prune", "uniform", "vtc_cls", "fastv")
+PICTURE_METHODS = ("dense", "random_prune", "uniform", "vtc_cls", "divprune", "idpruner", "visionzip", "fastv", "pyramiddrop")
 PICTURE_BUDGETS = ("5.6%", "11.1%", "33.3%")
 
 

@@ -41,9 +41,8 @@ IGNORED = -100
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
 FACTS = {  # what each patch is asked: kinds of answers, 0 for none
     "shape": len(SHAPES) + 2, "colour": len(COLOURS) + 1, "middle": 2, "size": 4, "word": len(WORDS) + 1, "tens": 11, "ones": 11,
-    "row": SIDE // CELL + 1, "column": SIDE // CELL + 1,
 }  # fmt: skip
-NAMED = {"row": SIDE // CELL, "column": SIDE // CELL, "size": len(RADII)}  # what a word that names a thing is asked
+PLACE = ("row", "column")  # in the whole grid; of patches that show something, and of things that a word names
 HALF_WAY = 2  # the layer of the language model after which it is asked
 
 
@@ -94,15 +93,17 @@ class Heads(torch.nn.Module):
 
     def __init__(self, width: int, words: int) -> None:
         super().__init__()
-        self.named = torch.nn.Linear(words, sum(NAMED.values()))
-        self.patch = torch.nn.Linear(width, sum(FACTS.values()))
+        self.named = torch.nn.Linear(words, len(PLACE) + len(RADII))
+        self.patch = torch.nn.Linear(width, len(PLACE) + sum(FACTS.values()))
         kinds = len(SHAPES) * len(COLOURS)
         self.seen = torch.nn.Linear(width, kinds + sum(FACTS[name] for name in ("word", "tens", "ones")))
 
     def losses(self, patches: torch.Tensor, token: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Sum of the cross entropies, patches ``(batch, n, width)`` and class token ``(batch, width)``."""
         total = patches.new_zeros(())
-        parts = self.patch(patches).float().split(list(FACTS.values()), dim=-1)
+        places, *parts = self.patch(patches).float().split([len(PLACE), *FACTS.values()], dim=-1)
+        shown = batch.facts["shape"] > 0
+        total = total + off_by(places[shown], torch.stack([batch.facts[name] for name in PLACE], dim=-1)[shown])
         for (name, kinds), logits in zip(FACTS.items(), parts, strict=True):
             weight = torch.ones(kinds)
             weight[0] = GROUND  # most patches show nothing
@@ -122,8 +123,16 @@ class Heads(torch.nn.Module):
         asked = batch.named[..., 0] != IGNORED
         if not bool(asked.any()):
             return hidden.new_zeros(())
-        parts = self.named(hidden[asked].float()).split(list(NAMED.values()), dim=-1)
-        return sum(cross_entropy(logits, target) for logits, target in zip(parts, batch.named[asked].unbind(-1), strict=True))
+        place, size = self.named(hidden[asked].float()).split([len(PLACE), len(RADII)], dim=-1)
+        target = batch.named[asked]
+        return off_by(place, target[:, : len(PLACE)]) + cross_entropy(size, target[:, -1])
+
+
+def off_by(places: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How far ``places`` (k, 2), from -1 to 1 over the grid, are from rows and columns: in a straight line, so that places can be
+    compared by a difference."""
+    half = SIDE / CELL / 2
+    return 5 * (places - (target + 0.5 - half) / half).abs().sum(-1).mean()
 
 
 @dataclass
@@ -191,7 +200,7 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
     longest, chat = max(sum(map(len, row)) for row in rows), bool(rng.random() < CHAT)
     ids, block = np.zeros((len(rows), longest), int), np.full((len(rows), longest), -2)
     answers, places_of_text = np.full((len(rows), longest), IGNORED), np.zeros((len(rows), longest), int)
-    named = np.full((len(rows), longest, len(NAMED)), IGNORED)
+    named = np.full((len(rows), longest, len(PLACE) + 1), IGNORED)
     for r, (row, questions) in enumerate(zip(rows, asked, strict=True)):
         at = 0
         for i, (tokens, question) in enumerate(zip(row, questions, strict=True)):
@@ -212,7 +221,7 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
 def naming(scene: Scene, text: str, corner: np.ndarray) -> np.ndarray:
     """``(words, 3)``: row and column in the whole grid, and size, of the one thing that a word names, or IGNORED."""
     words = text.replace("?", "").replace(",", "").split()
-    found = np.full((len(words), len(NAMED)), IGNORED)
+    found = np.full((len(words), len(PLACE) + 1), IGNORED)
     for i, word in enumerate(words):
         things = [thing for thing in scene.things if thing.shape == word]
         if len(things) == 1:
@@ -233,7 +242,7 @@ def label(
     ``corner``: row and column of each picture in the whole grid, ``(batch, 2)``.
     """
     n = scenes[0].side // CELL
-    facts = {name: np.zeros((len(scenes), n, n), dtype=int) for name in FACTS}
+    facts = {name: np.zeros((len(scenes), n, n), dtype=int) for name in (*FACTS, *PLACE)}
     kinds = np.zeros((len(scenes), len(SHAPES), len(COLOURS)), dtype=np.float32)
     sign = {name: np.zeros(len(scenes), dtype=int) for name in ("word", "tens", "ones")}
     for i, scene in enumerate(scenes):
@@ -244,9 +253,7 @@ def label(
             facts["size"][i][cells] = 1 + size_of(thing)
             facts["middle"][i][int(thing.y // CELL), int(thing.x // CELL)] = 1
             kinds[i, shape, colour] = 1
-        shown = facts["shape"][i] > 0
-        for name, place, along in zip(("row", "column"), corner[i], np.indices((n, n)), strict=True):
-            facts[name][i] = np.where(shown, 1 + place + along, IGNORED)
+        facts["row"][i], facts["column"][i] = corner[i][:, None, None] + np.indices((n, n))
         plate = scene.cells("sign")
         facts["shape"][i][plate] = len(SHAPES) + 1
         for name in ("word", "tens", "ones"):

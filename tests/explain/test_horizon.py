@@ -213,19 +213,6 @@ def test_bad_questions_are_refused_in_a_sentence() -> None:
             information_horizon(model, READER, asked)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random model of the built-in architecture and its processor on disk."""
-    from laconic.models.shapes_processor import make_processor
-    from laconic.models.train_shapes import build_model
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    build_model().save_pretrained(path)
-    make_processor().save_pretrained(path)
-    return str(path)
-
-
 def test_the_command_prints_a_row_per_layer(folder: str) -> None:
     options = ["explain", "horizon", "--model", folder, "--samples", "2", "--tokens", "2"]
     result = CliRunner().invoke(app, [*options, "--json"])

@@ -22,19 +22,6 @@ from laconic.vision.see import Shown, see
 runner = CliRunner()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model and its processor on disk."""
-    from laconic.models.shapes_processor import make_processor
-    from laconic.models.train_shapes import build_model
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    build_model().save_pretrained(path)
-    make_processor().save_pretrained(path)
-    return str(path)
-
-
 def test_views_say_what_the_cache_holds(folder: str) -> None:
     model, processor = laconic.load(folder)
     scene = make_scene(np.random.default_rng(0))
