@@ -68,6 +68,10 @@ class AttentionDebias(InsideMethod):
     def watches_parts(self) -> tuple[str, ...]:
         return getattr(self.inner, "watches_parts", ())
 
+    @property
+    def narrows_steps(self) -> bool:
+        return getattr(self.inner, "narrows_steps", False)
+
     def watched(self, *args: Any) -> None:
         self.inner.watched(*args)
 
