@@ -167,23 +167,23 @@ def attention_of_last(layer: KVLayer, call: Call) -> torch.Tensor:
 
 
 def attention_of(layer: KVLayer, call: Call, row: int, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``weights_of``, the mean over heads: ``(r, n)`` and ``(r, n)``."""
+    """As ``weights_of``, the mean over heads: ``(r, n)`` and ``(r, n)``. Only where all heads hold the same entries."""
     weights, seen = weights_of(layer, call, row, entries)
-    return weights.mean((0, 1)), seen
+    return weights.mean((0, 1)), seen[0]
 
 
 def weights_of(layer: KVLayer, call: Call, row: int, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What some ``entries`` (r,) of one row, tokens of this forward, attend to: probabilities ``(kv_heads, group, r, n)`` in
-    float32, and which entries each of them sees, boolean ``(r, n)``. For few of them: this is held as a whole."""
-    at = layer.shared_positions[row, 0]
+    float32, and which entries each of them sees, boolean ``(kv_heads or 1, r, n)``. For few of them: this is held as a whole."""
+    at, own = layer.shared_positions[row, :, None], layer.shared_positions[row, 0, entries]
     new = entries - (layer.n - call.query.shape[2])
-    last = at[entries] if call.reach is None else torch.maximum(call.reach[row, new], at[entries])
+    last = own if call.reach is None else torch.maximum(call.reach[row, new], own)
     seen = (at >= 0) & (at <= last[:, None])
     if call.window is not None:
-        seen &= at > at[entries][:, None] - call.window
+        seen &= at > own[:, None] - call.window
     query = call.query[row, :, new].float().unflatten(0, (layer.heads, -1))
     logits = torch.einsum("kgrd,knd->kgrn", query, dense(layer.keys)[row].float()) * call.scale
-    return capped(logits, call.softcap).masked_fill(~seen, float("-inf")).softmax(-1), seen
+    return capped(logits, call.softcap).masked_fill(~seen[:, None], float("-inf")).softmax(-1), seen
 
 
 def words_behind(layer: KVLayer, picture: Entries) -> torch.Tensor:
