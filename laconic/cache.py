@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from laconic.attention.engine import Policy
     from laconic.attention.rope import Rope
 
+WORD, OTHER = -1, -2  # in ``Request.pictures``: a word, and a token that is neither a word nor part of what a picture shows
 EMPTY = -1  # the position of a slot that holds no token (left padding, or a head that keeps fewer entries than others)
 SAVES = 1 / 8  # share of a layer that has to be empty slots for its heads to be stored in their own lengths
 
@@ -61,8 +62,10 @@ class Request:
         onward: int64 ``(batch, k)``: positions of the tokens that layers deeper than the running one compute, -1 for none;
             None for all. A method sets it, and :class:`laconic.layers.LayerShrinker` sees to it.
         living: int64 ``(batch, k)``: positions of the rows that reach the running layer, -1 in front; None for all.
-        pictures: int64 ``(batch, positions)``: number of the picture that the token at each position belongs to, -1 for words and
-            separators; None where the running forward brings no picture, or nobody asked.
+        into: int64 ``(batch, positions)``: position of the token that takes in the one at each position when that does not go
+            onward, -1 for none; None for nobody. What takes others in enters the next layer as the mean of them all.
+        pictures: int64 ``(batch, positions)``: number of the picture that the token at each position belongs to, ``WORD`` for
+            words, ``OTHER`` for separators; None where the running forward brings no picture, or nobody asked.
         looked: the :class:`laconic.vision.picture.Picture` of that forward, by number.
         layers: the layers of the cache.
         count: how many tokens came in, where fewer reach the first layer: what is left of ``positions`` is then theirs.
@@ -76,6 +79,7 @@ class Request:
         self.positions: torch.Tensor | None = None
         self.onward: torch.Tensor | None = None
         self.living: torch.Tensor | None = None
+        self.into: torch.Tensor | None = None
         self.count: int | None = None
         self.pictures: torch.Tensor | None = None
         self.looked: list[Any] = []

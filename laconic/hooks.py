@@ -19,6 +19,7 @@ from laconic.method import Method
 from laconic.recipe import Recipe
 from laconic.vision.base import VisionMethod
 from laconic.vision.entry import Entry
+from laconic.vision.neurons import StepNeurons
 from laconic.vision.watch import LayerWatch
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -63,6 +64,7 @@ class Handle:
         self._shrinker: LayerShrinker | None = None
         self.entry: Entry | None = None
         self._watch: LayerWatch | None = None
+        self._neurons: StepNeurons | None = None
         self._install()
 
     def __enter__(self) -> Handle:
@@ -147,12 +149,14 @@ class Handle:
             self.entry = Entry(self.model, looking, lambda: _stack(self.model)[-1:] == [self])
         if watching:
             self._watch = LayerWatch(self.model, watching)
+        if any(getattr(m, "narrows_steps", False) for m in methods):
+            self._neurons = StepNeurons(self.model)
 
     def _remove_parts(self) -> None:
-        for part in (self._shrinker, self.entry, self._watch):
+        for part in (self._shrinker, self.entry, self._watch, self._neurons):
             if part is not None:
                 part.remove()
-        self._shrinker = self._watch = None
+        self._shrinker = self._watch = self._neurons = None
 
     def _adopt(self, cache: KVCache) -> None:
         """Makes this handle's policy serve ``cache``."""
@@ -179,7 +183,7 @@ class Handle:
         cache.request.positions = _positions(arguments, cache.get_seq_length())
         if self.entry is not None:
             self.entry.start(cache.request, arguments)
-        for part in (self._shrinker, self._watch):
+        for part in (self._shrinker, self._watch, self._neurons):
             if part is not None:
                 part.start(cache.request)
         return changes

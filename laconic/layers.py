@@ -10,6 +10,7 @@ import torch
 from laconic.buffers import locate
 from laconic.cache import Request
 from laconic.errors import LaconicError
+from laconic.primitives.merge import Merge
 
 
 class LayerShrinker:
@@ -19,6 +20,7 @@ class LayerShrinker:
     every deeper layer the rows of the others are taken out of all that it gets, and its cache receives the living tokens
     with their true positions. After the layer the rows are put back where they stood, so that whatever the model does
     between layers, and its output, have their usual length: the row of a dead token is its hidden state from where it died.
+    Tokens that go on may take others in (``Request.into``): they become the mean of the hidden states of all.
 
     Rows of a batch may keep different numbers of tokens: the shorter ones are padded on the left, with position -1.
     """
@@ -48,7 +50,7 @@ class LayerShrinker:
     def stop(self) -> None:
         """The forward is over, or has failed."""
         if self._request is not None:
-            self._request.onward = self._request.living = None
+            self._request.onward = self._request.living = self._request.into = None
         self._request = self._onward = self._rows = self._whole = None
 
     def _before(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -57,8 +59,10 @@ class LayerShrinker:
         if self._request.onward is not self._onward:
             self._onward = self._request.onward
             self._rows = self._find_rows()
+            if self._request.into is not None:
+                args, kwargs = self._take_in(args, kwargs)
         if self._rows is None:
-            return None
+            return args, kwargs
         self._whole = args[0] if args else kwargs["hidden_states"]
         batch, count = self._request.positions.shape
         return change_tensors((args, kwargs), lambda tensor: take_rows(tensor, self._rows, batch, count))
@@ -82,6 +86,19 @@ class LayerShrinker:
         rows = rows[:, min(int((rows < 0).sum(-1).min()), rows.shape[1] - 1) :]
         self._request.living = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
         return rows
+
+    def _take_in(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """What the layer is given, with hidden states in which tokens that take others in are the mean of them all."""
+        into, self._request.into = self._request.into, None
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        for row in (into >= 0).any(-1).nonzero()[:, 0].tolist():
+            givers = (into[row] >= 0).nonzero()[:, 0]
+            members = torch.cat([givers, into[row, givers]]).unique()  # positions of all that take part
+            target = into[row, members]
+            merge = Merge(torch.searchsorted(members, torch.where(target >= 0, target, members)).to(hidden.device))
+            slots = torch.searchsorted(self._request.positions[row].to(members.device), members).to(hidden.device)
+            hidden[row, slots[merge.kept]] = merge.mean(hidden[row, slots]).to(hidden.dtype)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _put_back(self, rows: torch.Tensor) -> torch.Tensor:
         """The whole hidden states ``(batch, count, dim)`` with what the layer made of the living rows."""

@@ -88,6 +88,15 @@ class AttentionMethod(Method):
         """Called after a layer's attention of several new tokens: the place to say which of them go on (``Request.onward``)."""
 
     @property
+    def attends(self) -> bool:
+        """Whether ``attend`` may take the place of ordinary attention."""
+        return False
+
+    def attend(self, layer: KVLayer, call: Call) -> tuple[torch.Tensor, int] | None:
+        """Output ``(batch, heads, new, head_dim)`` and the bytes of the cache that were read for it, for the score included;
+        None: ordinary attention."""
+
+    @property
     def reads(self) -> bool:
         """Whether it chooses what a step reads, rather than what stays."""
         return False
@@ -144,15 +153,6 @@ class EvictMethod(AttentionMethod):
 
     def observe(self, layer: KVLayer, call: Call) -> None:
         """Called after every forward, also when nothing is evicted: the place to accumulate."""
-
-    @property
-    def attends(self) -> bool:
-        """Whether ``attend`` may take the place of ordinary attention."""
-        return False
-
-    def attend(self, layer: KVLayer, call: Call) -> tuple[torch.Tensor, int] | None:
-        """Output ``(batch, heads, new, head_dim)`` and the bytes of the cache that were read for it, for the score included;
-        None: ordinary attention."""
 
     @property
     def watches(self) -> bool:

@@ -62,7 +62,7 @@ class Policy:
             raise LaconicError(
                 f"{self.reweighter.id} changes weights that {self.shortener.id} does not compute: keep one of them."
             )
-        attending = [m for m in self.evictors if m.attends]
+        attending = [m for m in methods if m.attends]
         others = [m.id for m in (*attending[1:], *readers, *reweighters, *folders, *shorteners)]
         if attending and others:
             raise LaconicError(f"{attending[0].id} attends in its own way, which {others[0]} would change: use one of them.")

@@ -64,6 +64,27 @@ def kmeans(features: torch.Tensor, count: int, iterations: int = 10, seed: int =
     return (unit @ centres.t()).argmax(-1)
 
 
+def density_peaks(points: torch.Tensor, count: int, neighbours: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clusters around density peaks (Clustering by fast search and find of density peaks, 2014, with the density of the nearest
+    neighbours): a centre has close neighbours and is far from all denser points. Ties go to the first. For few points: holds
+    their n x n distances.
+
+    Returns:
+        the numbers of the ``count`` centres among ``points`` (n, dim), ascending, and for each point the number of its nearest
+        centre, int64 ``(n,)``.
+    """
+    distance = torch.cdist(points.float(), points.float()) / points.shape[1] ** 0.5
+    near = distance.topk(min(neighbours + 1, len(points)), largest=False).values[:, 1:]  # the first one is the point itself
+    density = -near.square().mean(-1).nan_to_num(0.0)  # a logarithm: far from all others it would be 0 otherwise
+    number = torch.arange(len(points), device=points.device)
+    denser = (density > density[:, None]) | ((density == density[:, None]) & (number < number[:, None]))
+    apart = distance.masked_fill(~denser, float("inf")).amin(-1).clamp(max=float(distance.amax()))
+    order = (density + apart.log()).argsort(descending=True, stable=True)
+    centres = order[:count].sort().values
+    member = centres[distance[:, centres].argmin(-1)]
+    return centres, member.index_copy(0, centres, centres)
+
+
 def bipartite(keys: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Bipartite soft matching (Token Merging, 2022): of every second token of ``among`` (c,) the ``count`` that are most like one
     of the others.

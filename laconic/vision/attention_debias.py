@@ -16,10 +16,11 @@ from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.errors import LaconicError, quote
 from laconic.method import parameter
+from laconic.primitives.merge import Merge
 from laconic.profiles import layer_tables, need_file
 from laconic.registry import register
 from laconic.vision.base import PICTURE_CLAIMS, better_than
-from laconic.vision.inside import InsideMethod, attention_of_last, pictures_in
+from laconic.vision.inside import Entries, InsideMethod, attention_of_last, pictures_in
 
 
 @register
@@ -67,6 +68,10 @@ class AttentionDebias(InsideMethod):
     def watches_parts(self) -> tuple[str, ...]:
         return getattr(self.inner, "watches_parts", ())
 
+    @property
+    def narrows_steps(self) -> bool:
+        return getattr(self.inner, "narrows_steps", False)
+
     def watched(self, *args: Any) -> None:
         self.inner.watched(*args)
 
@@ -83,6 +88,9 @@ class AttentionDebias(InsideMethod):
                 picture = layer.request.looked[held.number]
                 worth[row, slots[picture.padding()[picture.cells][held.places]]] = -1.0
         return worth
+
+    def reduce(self, layer: KVLayer, picture: Entries, worth: torch.Tensor, k: int) -> Merge:
+        return self.inner.reduce(layer, picture, worth, k)
 
     @classmethod
     def calibrate(cls, model: torch.nn.Module, texts: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:

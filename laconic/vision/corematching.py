@@ -1,4 +1,4 @@
-"""CoreMatching: tokens that fire the neurons of the sentence."""
+"""CoreMatching: tokens that fire the neurons of the sentence, and these neurons alone while it is answered."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from laconic.cache import KVLayer, Request
 from laconic.method import parameter
 from laconic.registry import register
 from laconic.vision.inside import InsideMethod
+from laconic.vision.neurons import CHOSEN
 from laconic.vision.watch import add_at, rows_at
 
 TABLE = "corematching.overlap"
@@ -25,8 +26,13 @@ class CoreMatching(InsideMethod):
     A token's core neurons are the share ``token_share`` of its largest positive activations; the sentence's are the share
     ``core_share`` of all neurons that are core for most tokens. A token's worth is how many of the sentence's core neurons it
     activates in layer number ``layers``; the one after it is the last that computes the whole picture. The source takes those
-    above the elbow of the sorted curve, so that their number is an outcome; here the budget says how many. Only the token part:
-    that decoding computes core neurons alone is left out.
+    above the elbow of the sorted curve, so that their number is an outcome; here the budget says how many.
+
+    With ``neurons`` below 1, the steps after a prompt with pictures compute only that share of every layer's feed-forward part:
+    the neurons that are core for most tokens there. Their rows and columns are copied once, at the end of the prompt, so that a
+    step reads so much less; the copy takes the same share of the feed-forward weights in memory. Rows of a batch have neurons of
+    their own, so that no row depends on the others; what is copied and computed is the union, which grows with the batch. The
+    source keeps 0.4 to 0.6; here it is 1, all of them, unless asked for, so that the budget alone tells what is left out.
     """
 
     id: ClassVar[str] = "corematching"
@@ -36,10 +42,18 @@ class CoreMatching(InsideMethod):
     layers: int = parameter(2, "number of the layer whose neurons decide, from 1", least=1, search=(1, 3))
     token_share: float = parameter(0.4, "share of a token's positive activations that is core", least=0, search=())
     core_share: float = parameter(0.4, "share of all neurons that are the sentence's core", least=0, search=(0.2,))
+    neurons: float = parameter(1.0, "share of the neurons that steps compute", least=0, search=(0.6, 0.4))
 
     def check(self) -> None:
         super().check()
-        self.require(self.token_share <= 1 and self.core_share <= 1, "token_share and core_share are shares: give at most 1.")
+        shares = self.token_share, self.core_share, self.neurons
+        self.require(max(shares) <= 1, "token_share, core_share and neurons are shares: give at most 1.")
+        self.require(self.neurons > 0, "without neurons no step can be computed: give a share above 0, or 1 for all.")
+
+    @property
+    def narrows_steps(self) -> bool:
+        """Whether steps compute a part of the neurons (see ``StepNeurons``)."""
+        return self.neurons < 1
 
     def stays(self, n: int, layers: int) -> dict[int, int]:
         return {self.last(layers): self.budget.tokens(n)}
@@ -49,9 +63,14 @@ class CoreMatching(InsideMethod):
         return max(1, min(self.layers, layers - 2))
 
     def watched(self, request: Request, layer: int, part: str, given: torch.Tensor, made: torch.Tensor) -> None:
+        real = rows_at(request).to(given.device) >= 0
         if layer == self.last(len(request.layers)) - 1:
-            real = rows_at(request).to(given.device) >= 0
             request.memory[TABLE] = add_at(None, request, overlap(given.float(), real, self.token_share, self.core_share))
+        if self.narrows_steps:
+            chosen = (request.pictures < 0).all(-1).to(given.device)[:, None].repeat(1, given.shape[-1])
+            for row in (~chosen[:, 0]).nonzero()[:, 0].tolist():  # the others, which have no picture, compute everything
+                chosen[row, core_neurons(given[row, real[row]].float(), self.token_share, self.neurons)] = True
+            request.layers[layer].memory[CHOSEN] = chosen
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return layer.request.memory[TABLE].gather(1, layer.shared_positions[:, 0].clamp(min=0))
@@ -62,10 +81,16 @@ def overlap(activations: torch.Tensor, real: torch.Tensor, token_share: float, c
     result = torch.zeros(real.shape, device=real.device)
     for row in range(len(activations)):
         z = activations[row, real[row]]
-        positive = (z > 0).sum(-1)
-        rank = z.argsort(dim=-1, descending=True).argsort(dim=-1)
-        core = rank < (positive.float() * token_share).ceil()[:, None]
-        votes = core.sum(0)
-        sentence = votes.argsort(descending=True, stable=True)[: max(1, round(core_share * z.shape[-1]))]
+        sentence = core_neurons(z, token_share, core_share)
         result[row, real[row]] = (z[:, sentence] > 0).sum(-1).float()
     return result
+
+
+def core_neurons(activations: torch.Tensor, token_share: float, share: float) -> torch.Tensor:
+    """The share of the neurons that are core for most tokens, int64 ``(k,)``, of ``activations`` (tokens, neurons): core for a
+    token are the ``token_share`` largest of its positive activations."""
+    counts = ((activations > 0).sum(-1).float() * token_share).ceil().long()
+    largest = activations.topk(max(1, int(counts.max())), dim=-1).values
+    least = largest.gather(1, (counts - 1).clamp(min=0)[:, None]).masked_fill(counts[:, None] == 0, float("inf"))
+    votes = (activations >= least).sum(0)
+    return votes.argsort(descending=True, stable=True)[: max(1, round(share * activations.shape[-1]))]

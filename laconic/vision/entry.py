@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from laconic.cache import KVCache, Request
+from laconic.cache import OTHER, WORD, KVCache, Request
 from laconic.errors import LaconicError
 from laconic.layers import change_tensors, take_rows
 from laconic.method import Method
@@ -183,8 +183,10 @@ class Entry:
         request, embeddings, ids = self._request, kwargs["inputs_embeds"], self._ids()
         positions = request.positions.to(embeddings.device)
         stays = positions >= 0
-        request.pictures = torch.full((len(ids), int(positions.max()) + 1), -1, device=positions.device)
+        request.pictures = torch.full((len(ids), int(positions.max()) + 1), WORD, device=positions.device)
         request.looked = self.pictures
+        other = (self._no_words(ids) & stays).nonzero(as_tuple=True)
+        request.pictures[other[0], positions[other]] = OTHER
         found = zip(self.pictures, self.reductions, spans(ids, self.eyes, self.seen), strict=True)
         for picture, reduction, (_, row, slots) in found:
             gone = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
@@ -255,9 +257,7 @@ class Entry:
         real = self._request.positions.to(embeddings.device) >= 0
         if any(method.reads_first_layer for method in self.methods):
             first_layer = FirstLayer(self.eyes.language, {**kwargs, "position_ids": self._positions(kwargs)}, self._request)
-        special = ids == self.eyes.image
-        if self.eyes.video is not None:
-            special |= ids == self.eyes.video
+        special = self._no_words(ids)
         for i, row, slots in spans(ids, self.eyes, seen):
             words = (real[row] & ~special[row]).nonzero()[:, 0]
             pictures.append(
@@ -271,6 +271,11 @@ class Entry:
                 )
             )  # fmt: skip
         return pictures
+
+    def _no_words(self, ids: torch.Tensor) -> torch.Tensor:
+        """The tokens that stand for pictures and videos, separators among them: boolean ``(batch, n)``."""
+        special = ids == self.eyes.image
+        return special if self.eyes.video is None else special | (ids == self.eyes.video)
 
     def _pixels_of(self, seen: Seen, i: int) -> torch.Tensor | None:
         """Pixels of one picture's crops; None where the encoder was given patches, or crops that are no pictures lie between."""

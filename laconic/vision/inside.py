@@ -10,10 +10,11 @@ import torch
 
 from laconic.attention.base import AttentionMethod, Call
 from laconic.buffers import locate
-from laconic.cache import KVLayer
+from laconic.cache import WORD, KVLayer
 from laconic.claims import Claim
 from laconic.kernels.ragged import dense
 from laconic.method import parameter
+from laconic.primitives.merge import Merge
 from laconic.primitives.scores import attention_received, capped
 from laconic.vision.base import PICTURE_CLAIMS
 from laconic.vision.encoder import Want
@@ -26,7 +27,7 @@ class InsideMethod(AttentionMethod):
     """Drops picture tokens on their way up: layers after the drop neither compute nor hold them; those before hold all.
 
     The budget is a share or a number of each picture's tokens. A subclass writes ``stays``, how many are left after which
-    layers, and ``worth``. Words and separators always go on.
+    layers, and ``worth``; and ``reduce`` where tokens that stay take others in. Words and separators always go on.
     """
 
     stage: ClassVar[str] = "vision"
@@ -49,6 +50,11 @@ class InsideMethod(AttentionMethod):
         """Worth of every entry of the layer, float ``(batch, n)``; higher stays. Asked only in layers of ``stays``."""
         raise NotImplementedError
 
+    def reduce(self, layer: KVLayer, picture: Entries, worth: torch.Tensor, k: int) -> Merge:
+        """What becomes of a picture's entries, by their ``worth`` (c,): which ``k`` go on, fewer than there are, and which others
+        they take in. Numbers are those among the picture's entries."""
+        return Merge(only(best(worth, k), len(worth)))
+
     def leave(self, layer: KVLayer, call: Call) -> None:
         if self.budget.is_full or layer.index == layer.layers - 1:
             return
@@ -60,8 +66,10 @@ class InsideMethod(AttentionMethod):
             if worth is None:
                 worth, stays = self.worth(layer, call), everything(layer)
             if left[layer.index] < len(picture.slots):
+                merge = self.reduce(layer, picture, worth[picture.row, picture.slots], left[layer.index])
                 stays[picture.row, picture.slots] = False
-                stays[picture.row, top(worth[picture.row], left[layer.index], picture.slots)] = True
+                stays[picture.row, picture.slots[merge.kept]] = True
+                take_in(layer, picture, merge)
         if stays is not None:
             self.go_on(layer, stays)
 
@@ -125,6 +133,30 @@ def everything(layer: KVLayer) -> torch.Tensor:
     return torch.ones_like(layer.shared_positions[:, 0], dtype=torch.bool)
 
 
+def best(worth: torch.Tensor, k: int) -> torch.Tensor:
+    """The numbers of the ``k`` largest of ``worth`` (c,), ascending."""
+    return top(worth, k, torch.arange(len(worth), device=worth.device))
+
+
+def only(kept: torch.Tensor, count: int) -> torch.Tensor:
+    """What ``Merge`` is made of where of ``count`` entries those ``kept`` go on and nobody joins them, int64 ``(count,)``."""
+    return torch.full((count,), -1, device=kept.device).index_copy(0, kept, kept)
+
+
+def take_in(layer: KVLayer, picture: Entries, merge: Merge) -> None:
+    """Lets entries of a picture that go on take in others of it (see ``Request.into``)."""
+    request, at = layer.request, layer.shared_positions[picture.row, 0, picture.slots]
+    joins = (merge.into >= 0) & (merge.into != torch.arange(len(at), device=at.device))
+    if bool(joins.any()):
+        request.into = torch.full_like(request.pictures, -1) if request.into is None else request.into
+        request.into[picture.row, at[joins]] = at[merge.into[joins]]
+
+
+def mean_keys(layer: KVLayer, picture: Entries) -> torch.Tensor:
+    """The keys of a picture's entries, mean over heads, float32 ``(c, head_dim)``."""
+    return dense(layer.keys)[picture.row][:, picture.slots].float().mean(0)
+
+
 def attention_of_last(layer: KVLayer, call: Call) -> torch.Tensor:
     """Attention that every entry receives from the last token, ``(batch, n)``: mean over heads."""
     starts = layer.starts(call.window)  # by positions: after a drop a window holds fewer entries than tokens
@@ -135,37 +167,43 @@ def attention_of_last(layer: KVLayer, call: Call) -> torch.Tensor:
 
 
 def attention_of(layer: KVLayer, call: Call, row: int, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``weights_of``, the mean over heads: ``(r, n)`` and ``(r, n)``."""
+    """As ``weights_of``, the mean over heads: ``(r, n)`` and ``(r, n)``. Only where all heads hold the same entries."""
     weights, seen = weights_of(layer, call, row, entries)
-    return weights.mean((0, 1)), seen
+    return weights.mean((0, 1)), seen[0]
 
 
 def weights_of(layer: KVLayer, call: Call, row: int, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What some ``entries`` (r,) of one row, tokens of this forward, attend to: probabilities ``(kv_heads, group, r, n)`` in
-    float32, and which entries each of them sees, boolean ``(r, n)``. For few of them: this is held as a whole."""
-    at = layer.shared_positions[row, 0]
+    float32, and which entries each of them sees, boolean ``(kv_heads or 1, r, n)``. For few of them: this is held as a whole."""
+    at, own = layer.shared_positions[row, :, None], layer.shared_positions[row, 0, entries]
     new = entries - (layer.n - call.query.shape[2])
-    last = at[entries] if call.reach is None else torch.maximum(call.reach[row, new], at[entries])
+    last = own if call.reach is None else torch.maximum(call.reach[row, new], own)
     seen = (at >= 0) & (at <= last[:, None])
     if call.window is not None:
-        seen &= at > at[entries][:, None] - call.window
+        seen &= at > own[:, None] - call.window
     query = call.query[row, :, new].float().unflatten(0, (layer.heads, -1))
     logits = torch.einsum("kgrd,knd->kgrn", query, dense(layer.keys)[row].float()) * call.scale
-    return capped(logits, call.softcap).masked_fill(~seen, float("-inf")).softmax(-1), seen
+    return capped(logits, call.softcap).masked_fill(~seen[:, None], float("-inf")).softmax(-1), seen
 
 
 def words_behind(layer: KVLayer, picture: Entries) -> torch.Tensor:
-    """The entries behind a picture that belong to none, int64 ``(w,)``."""
+    """The entries of the words behind a picture, int64 ``(w,)``; the last entry where there are none."""
     rows = torch.arange(int(picture.slots[-1]) + 1, layer.n, device=picture.slots.device)
-    others = [other.slots for other in pictures_in(layer) if other.row == picture.row]
-    return rows[~torch.isin(rows, torch.cat(others))]
+    kinds = layer.request.pictures[picture.row].to(rows.device)
+    words = rows[kinds[layer.shared_positions[picture.row, 0, rows]] == WORD]
+    return words if len(words) else torch.tensor([layer.n - 1], device=rows.device)
 
 
-def by_words(layer: KVLayer, call: Call, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """For every picture ``reduce`` of the attention ``(words, c)`` that the words behind it give to its c entries: float
-    ``(batch, n)``, 0 elsewhere. There are few words beside the many picture tokens."""
+def by_words(
+    layer: KVLayer,
+    call: Call,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    words: Callable[[KVLayer, Entries], torch.Tensor] = words_behind,
+) -> torch.Tensor:
+    """For every picture ``reduce`` of the attention ``(words, c)`` that ``words`` give to its c entries, all behind it or some of
+    them: float ``(batch, n)``, 0 elsewhere. There are few words beside the many picture tokens."""
     worth = torch.zeros(layer.shared_positions[:, 0].shape, device=call.query.device)
     for picture in pictures_in(layer):
-        given, _ = attention_of(layer, call, picture.row, words_behind(layer, picture))
+        given, _ = attention_of(layer, call, picture.row, words(layer, picture))
         worth[picture.row, picture.slots] = reduce(given[:, picture.slots])
     return worth

@@ -10,8 +10,10 @@ import torch
 from laconic.attention.base import Call
 from laconic.cache import KVLayer
 from laconic.method import parameter
+from laconic.primitives.merge import Merge, join_nearest
 from laconic.registry import register
-from laconic.vision.inside import StagedMethod, attention_of, pictures_in
+from laconic.vision.inside import Entries, StagedMethod, attention_of, best, mean_keys, only, pictures_in
+from laconic.vision.select import spread
 
 ROWS = 256  # queries whose attention is held at a time
 
@@ -19,26 +21,45 @@ ROWS = 256  # queries whose attention is held at a time
 @register
 @dataclass(frozen=True, kw_only=True)
 class VisionDrop(StagedMethod):
-    """Keeps the picture tokens that the picture's own tokens attend to, at the end of each stage of layers.
+    """Keeps the picture tokens that the picture's own tokens attend to, and merges the others into a few, stage by stage.
 
     Attention from picture to picture is the mean over heads and over its tokens. As a token is seen only by later ones, early
     tokens would win: each row is taken over the picture's tokens that it sees and weighed by their number, and a token's sum is
     divided by how many see it, so that even attention gives everyone 1 (``correct=false``: as released). Words that come after a
-    picture never change what is kept of it, so that a second question finds what the first one had. The budget is the mean over
-    the layers. The source also keeps merged tokens at each stage; before the first layer ``visionzip`` does that: ``visionzip:33%
-    + visiondrop:11%``.
+    picture never change what is kept of it, so that a second question finds what the first one had. Of what stays, the share
+    ``contextual`` are tokens at even distances among the others, each the mean of the hidden states of itself and of those whose
+    keys are most like its own (the released code adds the mean of these to it instead). The budget is the mean over the layers,
+    contextual tokens included. The source's first stage, in the vision encoder, is ``visionzip``: ``visionzip:33% +
+    visiondrop:11%``.
     """
 
     id: ClassVar[str] = "visiondrop"
     paper: ClassVar[str] = "Rethinking Visual Token Reduction in LVLMs under Cross-modal Misalignment (2025)"
+    verbs: ClassVar[tuple[str, ...]] = ("drop", "merge")
 
+    contextual: float = parameter(0.15, "share of what stays that are merged tokens", least=0, search=(0.0, 0.3))
     correct: bool = parameter(True, "weigh rows and columns so that early tokens have no advantage")
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.contextual < 1, "contextual is a share of what stays: give less than 1.")
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         worth = torch.zeros(layer.shared_positions[:, 0].shape, device=call.query.device)
         for picture in pictures_in(layer):
             worth[picture.row, picture.slots] = self.received(layer, call, picture.row, picture.slots)
         return worth
+
+    def reduce(self, layer: KVLayer, picture: Entries, worth: torch.Tensor, k: int) -> Merge:
+        few = min(round(self.contextual * k), k - 1)
+        into = only(best(worth, k - few), len(worth))
+        if few:
+            rest = (into < 0).nonzero()[:, 0]
+            targets = spread(rest, few)
+            into[targets] = targets
+            movers = rest[into[rest] < 0]
+            into[movers] = join_nearest(mean_keys(layer, picture), targets, movers)
+        return Merge(into)
 
     def received(self, layer: KVLayer, call: Call, row: int, own: torch.Tensor) -> torch.Tensor:
         """What the picture's entries ``own`` (c,) receive from each other, ``(c,)``."""

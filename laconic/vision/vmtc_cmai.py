@@ -1,4 +1,4 @@
-"""VMTC: primary tokens as they are, the background in clusters."""
+"""VMTC, of VMTC and CMAI: primary tokens as they are, the background in clusters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class VMTC(VisionMethod):
 
     ``primary`` of the budget goes to the former. The others are clustered by the cosine of their projected features, and the
     first token of each cluster becomes the mean of its members. With fewer distinct tokens than clusters, the rest of the budget
-    goes to primary tokens. The source also keeps words from attending to picture tokens that they have no reason to look at,
-    which saves nothing and is left out; it published no code, so that this is our reading.
+    goes to primary tokens. The source's other half, which keeps words from attending to picture tokens that they have no reason
+    to look at, goes with any method, and so is one of its own: ``vmtc_cmai:25% + cmai``. The source published no code, so that
+    this is our reading.
     """
 
     id: ClassVar[str] = "vmtc_cmai"

@@ -32,7 +32,7 @@ class LayerWatch:
             for name, module in (("attention", "self_attn"), ("mlp", "mlp"), ("neurons", "mlp.down_proj")):
                 interested = [m for m in methods if name in m.watches_parts]
                 if interested:
-                    part = _find(layer, module, model)
+                    part = find_part(layer, module, model)
                     self._hooks.append(part.register_forward_hook(self._tell(number, name, interested), with_kwargs=True))
 
     def _tell(self, number: int, name: str, methods: list[Watcher]) -> Any:
@@ -60,7 +60,8 @@ class LayerWatch:
         self._request = None
 
 
-def _find(layer: torch.nn.Module, name: str, model: torch.nn.Module) -> torch.nn.Module:
+def find_part(layer: torch.nn.Module, name: str, model: torch.nn.Module) -> torch.nn.Module:
+    """The part of a decoder layer with a dotted ``name``; a LaconicError where there is none."""
     for step in name.split("."):
         if not hasattr(layer, step):
             raise LaconicError(f"The layers of {type(model).__name__} have no {name}, which this method looks at.")

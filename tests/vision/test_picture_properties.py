@@ -16,7 +16,8 @@ from laconic.vision.base import VisionMethod
 from laconic.vision.inside import InsideMethod
 from laconic.vision.student import RelevanceStudent
 
-METHODS = {row["id"]: registry.find(row["id"]) for row in laconic.methods() if row["stage"] == "vision"}
+DROPPING = [row["id"] for row in laconic.methods() if row["stage"] == "vision" and "drop" in row["verbs"]]
+METHODS = {name: registry.find(name) for name in DROPPING}
 BEFORE = [name for name, cls in METHODS.items() if issubclass(cls, VisionMethod)]
 INSIDE = [name for name, cls in METHODS.items() if issubclass(cls, InsideMethod)]
 SIZED = [name for name, cls in METHODS.items() if cls.takes_budget]
