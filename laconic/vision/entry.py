@@ -18,11 +18,10 @@ from laconic.models.pictures import Seen, cell_side, feature_block, find_eyes, l
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
 from laconic.vision.first_layer import FirstLayer
+from laconic.vision.gaps import GAPS, Gaps
 from laconic.vision.parking import PARKED, Parked, by_axis, by_row
 from laconic.vision.picture import Picture
 from laconic.vision.thinning import Thinning
-
-SHIFT = "vision.shift"  # per row: by how much later tokens are moved where positions are compact
 
 
 class Entry:
@@ -149,7 +148,8 @@ class Entry:
         request = self._request
         if request is None:
             return None
-        shift, parked = request.memory.get(SHIFT), request.memory.get(PARKED)
+        parked = request.memory.get(PARKED)
+        kwargs = self._close_gaps(kwargs)
         if self._fresh and request.positions.shape[1] > 1:
             if self.parks:
                 self._park(kwargs)
@@ -160,8 +160,6 @@ class Entry:
             request.memory[PARKED] = parked
             if request.positions.shape[1] > 1:
                 kwargs = self._choose_again(kwargs, parked)
-        elif shift is not None:
-            kwargs = {**kwargs, "position_ids": self._positions(kwargs) - shift[:, None]}
         return args, kwargs
 
     def _ids(self) -> torch.Tensor:
@@ -298,7 +296,7 @@ class Entry:
         if hasattr(mask, "laconic_reach"):
             kwargs["attention_mask"].laconic_reach = mask.laconic_reach
         if self.compact:
-            kwargs["position_ids"] = self._renumber(kwargs["position_ids"], positions, kept)
+            kwargs["position_ids"] = self._renumber(kwargs["position_ids"], order, stays)
         request.positions = request.positions.to(order.device).gather(1, order).masked_fill(~kept, -1)
         request.count = count
         return kwargs
@@ -308,16 +306,23 @@ class Entry:
         given = kwargs.get("position_ids")
         return self._request.positions.clamp(min=0) if given is None else given
 
-    def _renumber(self, kept_positions: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Positions without gaps; later tokens are moved by as much as the last one was."""
-        if positions.dim() != 2:
+    def _close_gaps(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The language model's arguments with this forward's tokens moved up to those of earlier ones."""
+        request = self._request
+        if GAPS not in request.memory:
+            return kwargs
+        gaps = request.memory[GAPS] = request.memory[GAPS].before(request.positions)
+        return {**kwargs, "position_ids": self._positions(kwargs) - gaps.sizes[:, None]}
+
+    def _renumber(self, kept_positions: torch.Tensor, order: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+        """What the rotary embedding is given for the rows in ``order``, without gaps, which later forwards will close too."""
+        if kept_positions.dim() != 2:
             raise LaconicError("This model places pictures by row and column, which cannot be renumbered: leave positions=keep.")
-        compact = (kept.long().cumsum(-1) - 1).clamp(min=0)
-        first = positions.amin(-1, keepdim=True)
-        shift = kept_positions[:, -1] - (compact + first)[:, -1]
-        known = self._request.memory.get(SHIFT)
-        self._request.memory[SHIFT] = shift if known is None else known + shift
-        return compact + first
+        memory, positions = self._request.memory, self._request.positions.to(stays.device)
+        gone = (positions >= 0) & ~stays
+        fresh = positions.masked_fill(~gone, -1)[:, gone.any(0)]
+        memory[GAPS] = memory[GAPS].and_then(fresh) if GAPS in memory else Gaps(fresh)
+        return (kept_positions - gone.long().cumsum(-1).gather(1, order)).clamp(min=0)
 
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         """Puts the rows back where they stood, zero where tokens were dropped, so that the output has its usual length."""
