@@ -144,11 +144,11 @@ def _view(model: torch.nn.Module, reader: Any, inputs: dict[str, Any], recipe: R
 def shown(handle: Any, ids: torch.Tensor) -> list[Shown]:
     """What became of the pictures of the latest forward, read off its cache; empty where no method looks at pictures."""
     entry = handle.entry
-    if entry is None or entry.seen is None:
+    if entry is None or not entry.seen:
         return []
     layers = handle.latest.layers
-    found, places = [], spans(ids, entry.eyes, entry.seen)
-    for (_, _, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
+    found, places = [], spans(ids, entry.seen)
+    for (_, _, _, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
         held = torch.stack([torch.isin(slots, layer.positions[0, 0]) for layer in layers]).float().mean(0)
         found.append(Shown(picture.layout, held.cpu(), reduction.into, reduction.scores))
     return found

@@ -27,8 +27,8 @@ def entered(model: Any, x: dict[str, torch.Tensor]) -> dict[str, Any]:
 def stays(handle: Any, x: dict[str, torch.Tensor]) -> torch.Tensor:
     """Which of the prompt's tokens are left, boolean as the ids."""
     left, entry = x["attention_mask"].bool().clone(), handle.entry
-    places = spans(x["input_ids"], entry.eyes, entry.seen)
-    for (_, row, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
+    places = spans(x["input_ids"], entry.seen)
+    for (_, _, row, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
         keep = picture.layout.separators.clone()
         keep[reduction.kept] = True
         left[row, slots[~keep]] = False
@@ -54,7 +54,10 @@ def by_hand(model: Any, given: dict[str, Any], ids: torch.Tensor, left: torch.Te
         }
     with torch.no_grad():
         out = model.get_decoder()(
-            inputs_embeds=given["inputs_embeds"][row : row + 1, rows], position_ids=positions, use_cache=False, **options,
+            inputs_embeds=given["inputs_embeds"][row : row + 1, rows],
+            position_ids=positions,
+            use_cache=False,
+            **options,
             attention_mask=mask_by_hand(model, given, rows, ids[row, rows]),
         )
         return model.lm_head(out.last_hidden_state)[0]
