@@ -181,6 +181,29 @@ def test_a_later_turn_chooses_again_what_of_a_video_it_sees(family: str) -> None
     torch.testing.assert_close(torch.stack(two.logits), torch.stack(fresh.logits), atol=2e-4, rtol=1e-3)
 
 
+def test_tokens_of_a_frame_may_share_patches() -> None:
+    """5 x 5 patches become 3 x 3 tokens, as 27 x 27 become 14 x 14 in released models."""
+    import transformers as t
+
+    config = vlm.config("llava_onevision")
+    config.vision_config.image_size = 20
+    model = t.LlavaOnevisionForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 7, *[vlm.VIDEO] * (2 * 9 + 1), 8, 9]])
+    pixels = torch.randn(1, 2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
+    with laconic.apply(model, "token_corr:7") as handle, torch.no_grad():
+        model(**x)
+    (video,) = handle.entry.pictures
+    assert video.layout.shapes == ((3, 3),) * 2 and len(handle.entry.reductions[0].kept) == 7
+    made = video.of_inputs(video.project(video.projector_input()))
+    torch.testing.assert_close(made[video.cells], video.features[video.cells], atol=1e-5, rtol=1e-4)
+    patches = video.recorded("received", -2).view(2, 1, 5, 5)
+    weighed = torch.nn.functional.interpolate(patches, size=(3, 3), mode="bilinear") * 25 / 9  # patches per token
+    torch.testing.assert_close(video.salience(-2)[video.cells], weighed.flatten(), atol=1e-5, rtol=1e-4)
+    with laconic.apply(model, "flowcut:7"), pytest.raises(laconic.LaconicError, match="share patches"):
+        model(**x)
+
+
 def test_cells_that_share_patches_weigh_them() -> None:
     """5 x 5 patches to 3 x 3 tokens: a straight slope stays one, and sums keep the whole within what the edges weigh less."""
     slope = torch.arange(5.0)[None, :, None].expand(5, 5, 1).reshape(1, 25, 1)
