@@ -71,7 +71,8 @@ class Request:
         count: how many tokens came in, where fewer reach the first layer: what is left of ``positions`` is then theirs.
         figures: per layer, what the last forward kept and read (see ``Policy``).
         memory: what methods hand from layer to layer (a selection that deeper layers use again, scores that add up over
-            depth). Tensors in it have the batch as first dimension and follow reordering; a crop empties it.
+            depth). Tensors in it have the batch as first dimension and follow reordering. A crop leaves only what says how
+            it looks then: ``value.cropped(count)``, after the last ``count`` tokens are forgotten.
     """
 
     def __init__(self) -> None:
@@ -204,12 +205,12 @@ class KVLayer(CacheLayerMixin):
             return
         if not 0 < count <= self.seen:
             raise LaconicError(f"The cache holds {self.seen} tokens: give how many to remove as a negative number, not {-count}.")
-        if self.n - count < self.passed:
-            raise LaconicError("A sliding window has moved on and cannot go back: call cache.activate_past_recording() first.")
-        self._catch_up()
         positions = self._positions.view()
         last = positions.amax(dim=(1, 2), keepdim=True)
-        gone = positions > last - count
+        gone = positions > last - count  # fewer where some were evicted, or never came in
+        if self.n - int(gone.sum(-1).max()) < self.passed:
+            raise LaconicError("A sliding window has moved on and cannot go back: call cache.activate_past_recording() first.")
+        self._catch_up()
         if bool((gone.sum(-1) == count).all()):
             remaining = self.n - count
             for buffer in self._buffers():
@@ -505,8 +506,9 @@ class KVCache(Cache):
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.request.memory.clear()
         super().crop(tokens_to_remove)
+        memory = self.request.memory
+        self.request.memory = {name: v.cropped(-tokens_to_remove) for name, v in memory.items() if hasattr(v, "cropped")}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._reorder_memory(beam_idx)

@@ -363,7 +363,9 @@ def generate(
 @app.command()
 @guarded
 def see(
-    image: Annotated[str, typer.Argument(help="A picture: PNG, JPEG, ...; or scene:N, the N-th rendered one.")] = "scene:0",
+    image: Annotated[
+        str, typer.Argument(help="A picture: PNG, JPEG, ...; scene:N, the N-th rendered one; or photo:NAME, a real photograph.")
+    ] = "scene:0",
     question: Annotated[str | None, typer.Argument(help="What to ask about it; of a scene, by default its own question.")] = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="A recipe, such as divprune:10%; may be given several times.")
@@ -388,17 +390,17 @@ def see(
       laconic see --model PATH_OR_HUB_ID
       laconic see scene:4 "What colour is the star?" --model PATH_OR_HUB_ID --method divprune:5.6% --method fastv:11.1%
       laconic see photo.jpg "What is on the table?" --model PATH_OR_HUB_ID --method visionzip:10% --output table.html
+      laconic see photo:coffee "What is on the table?" --model PATH_OR_HUB_ID
     """
     from laconic.evaluation.workload import open_model
     from laconic.vision.overlay import save_views
-    from laconic.vision.see import SHOWN_METHODS, asked_about
+    from laconic.vision.see import SHOWN_METHODS, asked_about, picture_named
     from laconic.vision.see import see as run
 
     picture, question = asked_about(image, question)
+    shown = [picture, *(picture_named(name)[0] for name in also or [])]
     network, reader, _ = open_model(model, device, dtype)
-    views, pictures = run(
-        network, reader, [picture, *(also or [])], question, method or SHOWN_METHODS, max_new_tokens=max_new_tokens
-    )
+    views, pictures = run(network, reader, shown, question, method or SHOWN_METHODS, max_new_tokens=max_new_tokens)
     save_views(output, views, pictures, question)
     if as_json:
         _print_json({"question": question, "model": model, "output": str(output), "views": [view.row() for view in views]})
@@ -699,7 +701,7 @@ def dominance(
 @explain.command()
 @guarded
 def relevance(
-    image: Annotated[str, typer.Argument(help="As in laconic see: a picture, or scene:N.")] = "scene:0",
+    image: Annotated[str, typer.Argument(help="As in laconic see: a picture, scene:N or photo:NAME.")] = "scene:0",
     question: Annotated[str | None, typer.Argument(help="What to ask about it; of a scene, by default its own question.")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("laconic-relevance.png"),

@@ -19,6 +19,8 @@ FAMILIES = (
     "llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3",
     "smolvlm", "gemma3", "paligemma",
 )  # fmt: skip
+WATCHING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")  # that have tokens for videos
+PACKED = ("llava_next", "llava_onevision", "llava_next_video")  # that cut pictures into parts
 
 
 def config(family: str) -> Any:
@@ -41,11 +43,14 @@ def config(family: str) -> Any:
         return t.LlavaConfig(
             vision_config=siglip(32), text_config=llama(), image_seq_length=64, vision_feature_select_strategy="full", **llava
         )
+    pins = [[16, 32], [32, 16], [32, 32]]
     if family == "llava_next":
-        pins = [[16, 32], [32, 16], [32, 32]]
         return t.LlavaNextConfig(vision_config=clip(16), text_config=llama(), image_grid_pinpoints=pins, **llava)
+    if family == "llava_next_video":
+        return t.LlavaNextVideoConfig(
+            vision_config=clip(16), text_config=llama(), image_grid_pinpoints=pins, video_token_index=VIDEO, **llava
+        )
     if family == "llava_onevision":
-        pins = [[16, 32], [32, 16], [32, 32]]
         return t.LlavaOnevisionConfig(
             vision_config=siglip(16), text_config=t.Qwen2Config(**TEXT), image_grid_pinpoints=pins, image_token_index=IMAGE,
             video_token_index=VIDEO, vision_feature_layer=-1, vision_feature_select_strategy="full",
@@ -110,31 +115,48 @@ def build(family: str, seed: int = 0) -> Any:
     return model
 
 
-def inputs(family: str, counts: tuple[int, ...] = (1,), text: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A left-padded batch: row i has ``counts[i]`` pictures between words, and words at the end."""
+def inputs(
+    family: str, counts: tuple[int, ...] = (1,), text: int = 9, seed: int = 0, videos: tuple[int, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """A left-padded batch: row i has ``counts[i]`` pictures, then ``videos[i]`` videos, between words, and words at the end."""
     generator = torch.Generator().manual_seed(seed)
-    pieces: dict[str, list] = {"pixel_values": [], "image_sizes": [], "image_grid_thw": []}
+    pieces: dict[str, list] = {"pixel_values": [], "image_sizes": [], "image_grid_thw": [], "videos": [], "video_grid_thw": []}
     rows = []
     for i, count in enumerate(counts):
         row = [1, *_words(3 + i, generator)]
         for k in range(count):
             row += [*_image(family, k, generator, pieces), *_words(2, generator)]
+        for k in range(videos[i] if videos else 0):
+            row += [*_video(family, k, generator, pieces), *_words(2, generator)]
         rows.append([*row, *_words(text - i, generator)])
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    if not pieces["pixel_values"]:
-        return batch
-    if family in ("llava_next", "llava_onevision"):
+    if pieces["pixel_values"]:
+        batch |= _pictures(family, counts, pieces)
+    if pieces["videos"]:
+        batch["pixel_values_videos"] = torch.cat(pieces["videos"])
+    if pieces["video_grid_thw"]:
+        batch["video_grid_thw"] = torch.tensor(pieces["video_grid_thw"])
+    if family.startswith("qwen"):
+        batch["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO)
+    if family in ("gemma3", "paligemma") and pieces["pixel_values"]:
+        batch["token_type_ids"] = (ids == IMAGE).long() if family == "gemma3" else torch.zeros_like(ids)
+    return batch
+
+
+def _pictures(family: str, counts: tuple[int, ...], pieces: dict[str, list]) -> dict[str, torch.Tensor]:
+    """All pictures of a batch as the model wants them."""
+    if family in PACKED:
         most = max(len(p) for p in pieces["pixel_values"])
         padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pieces["pixel_values"]]
-        batch |= {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor(pieces["image_sizes"])}
+        batch = {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor(pieces["image_sizes"])}
         if family == "llava_onevision":
             batch["batch_num_images"] = torch.tensor([1] * sum(counts))
-    elif family.startswith("qwen"):
-        batch |= {"pixel_values": torch.cat(pieces["pixel_values"]), "image_grid_thw": torch.tensor(pieces["image_grid_thw"])}
-        batch["mm_token_type_ids"] = (ids == IMAGE).long()
-    elif family in ("idefics3", "smolvlm"):
+        return batch
+    if family.startswith("qwen"):
+        return {"pixel_values": torch.cat(pieces["pixel_values"]), "image_grid_thw": torch.tensor(pieces["image_grid_thw"])}
+    if family in ("idefics3", "smolvlm"):
         most = max(counts)
         shape = pieces["pixel_values"][0].shape
         pixels, at = torch.zeros(len(counts), most, *shape[1:]), 0
@@ -142,12 +164,8 @@ def inputs(family: str, counts: tuple[int, ...] = (1,), text: int = 9, seed: int
             if count:
                 pixels[i, :count] = torch.cat(pieces["pixel_values"][at : at + count])
             at += count
-        batch["pixel_values"] = pixels
-    else:
-        batch["pixel_values"] = torch.cat(pieces["pixel_values"])
-    if family in ("gemma3", "paligemma"):
-        batch["token_type_ids"] = (ids == IMAGE).long() if family == "gemma3" else torch.zeros_like(ids)
-    return batch
+        return {"pixel_values": pixels}
+    return {"pixel_values": torch.cat(pieces["pixel_values"])}
 
 
 def _words(count: int, generator: torch.Generator) -> list[int]:
@@ -160,7 +178,7 @@ def _image(family: str, number: int, generator: torch.Generator, pieces: dict[st
     def pixels(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    if family in ("llava_next", "llava_onevision"):
+    if family in PACKED:
         size = [(28, 30), (14, 32), (40, 20)][number % 3]
         crops = {(28, 30): 4, (14, 32): 2, (40, 20): 2}[size] + 1
         pieces["pixel_values"].append(pixels(crops, 3, 16, 16))
@@ -174,6 +192,20 @@ def _image(family: str, number: int, generator: torch.Generator, pieces: dict[st
     pieces["pixel_values"].append(pixels(1, 3, 32, 32))
     tokens = {"internvl": 16, "idefics3": 16, "smolvlm": 16, "gemma3": 16}.get(family, 64)
     return [START, *[IMAGE] * tokens, END] if family == "gemma3" else [IMAGE] * tokens
+
+
+def _video(family: str, number: int, generator: torch.Generator, pieces: dict[str, list]) -> list[int]:
+    """As ``_image``, for a video of three or two frames."""
+    if family.startswith("qwen"):
+        grid = [(3, 4, 8), (2, 8, 4)][number % 2]
+        pieces["videos"].append(torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 4 * 4, generator=generator))
+        pieces["video_grid_thw"].append(grid)
+        frame = [START, *[VIDEO] * (grid[1] * grid[2] // 4), END]
+        if family == "qwen3_vl":  # with its time in front of every frame
+            return [token for _ in range(grid[0]) for token in (*_words(2, generator), *frame)]
+        return [START, *[VIDEO] * (grid[0] * grid[1] * grid[2] // 4), END]
+    pieces["videos"].append(torch.randn(1, 3, 3, 16, 16, generator=generator))
+    return [VIDEO] * (3 * 4 + (family == "llava_onevision"))
 
 
 @functools.cache

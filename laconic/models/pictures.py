@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from laconic.errors import LaconicError
-from laconic.vision.picture import Layout, grid
+from laconic.vision.encoder import Trace
+from laconic.vision.picture import SEPARATOR, Layout, grid
 
 UNMATCHED = "The prompt's picture tokens do not match the pictures: let the model's processor make the inputs."
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
@@ -22,9 +23,9 @@ class Eyes:
     """The parts of a vision-language model that we look at.
 
     Attributes:
-        inner: the module whose ``get_image_features`` is called by the forward.
+        inner: the module whose ``get_image_features`` and ``get_video_features`` are called by the forward.
         tower: the vision encoder; projector: what turns its features into tokens.
-        image, video: ids of the tokens that pictures and frames take the place of; video may be None.
+        image, video: ids of the tokens that pictures and videos take the place of; video is None where the model has none.
     """
 
     inner: torch.nn.Module
@@ -34,24 +35,43 @@ class Eyes:
     image: int
     video: int | None
 
+    def pictured(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of ``ids`` stand for pictures or videos, boolean."""
+        return ids == self.image if self.video is None else (ids == self.image) | (ids == self.video)
+
 
 @dataclass
 class Seen:
     """What one call of the encoder gave: features of each picture as the model packs them, and how they lie.
 
+    A video is one picture whose crops are its frames; where the encoder joins frames, those that it made of them.
+
     Attributes:
+        token: id of the tokens that these pictures take the place of.
         features: per picture ``(n, dim)``.
         layouts: per picture.
         firsts: per picture the number of its first crop among those of the encoder.
         windows: where the encoder has one row of all patches, per picture its part: first, and last + 1.
         orders: then, per picture, the place of each cell's patches in that part.
+        trace, encoded, pixels: of all of them, as in ``laconic.vision.picture.Picture``.
     """
 
+    token: int
     features: list[torch.Tensor]
     layouts: list[Layout]
     firsts: list[int]
     windows: list[tuple[int, int]] | None = None
     orders: list[torch.Tensor] | None = None
+    trace: Trace | None = None
+    encoded: torch.Tensor | None = None
+    pixels: torch.Tensor | None = None
+
+    def pixels_of(self, number: int) -> torch.Tensor | None:
+        """Pixels of one picture's crops; None where the encoder was given patches, or crops that are no pictures lie between."""
+        count = sum(len(layout.shapes) for layout in self.layouts)
+        if self.pixels is None or self.windows is not None or len(self.pixels) != count:
+            return None
+        return self.pixels[self.firsts[number] : self.firsts[number] + len(self.layouts[number].shapes)]
 
 
 def find_eyes(model: torch.nn.Module) -> Eyes:
@@ -61,11 +81,9 @@ def find_eyes(model: torch.nn.Module) -> Eyes:
     if inner is None:
         raise LaconicError(f"{name} reads text only: methods for pictures need a model that sees, such as LLaVA or Qwen-VL.")
     config = model.config
-    image = getattr(config, "image_token_id", None)
-    image = getattr(config, "image_token_index", None) if image is None else image
+    image, video = (_token(config, kind) for kind in ("image", "video"))
     if image is None:
         raise LaconicError(f"{name} does not say which token stands for pictures (image_token_id), so none can be found.")
-    video = getattr(config, "video_token_id", None)
     tower = model.get_encoder(modality="image")
     projector = next((m for part in (inner, tower) for n in PROJECTORS if (m := getattr(part, n, None)) is not None), None)
     if tower is model or projector is None:
@@ -73,9 +91,38 @@ def find_eyes(model: torch.nn.Module) -> Eyes:
     return Eyes(inner, tower, projector, model.get_decoder(), image, video)
 
 
-def cell_side(eyes: Eyes) -> int:
+def _token(config: Any, kind: str) -> int | None:
+    names = (f"{kind}_token_id", f"{kind}_token_index")
+    return next((token for name in names if (token := getattr(config, name, None)) is not None), None)
+
+
+def patch_side(eyes: Eyes) -> int:
+    """Patches along one side of what the encoder sees, where it sees squares."""
+    vision = eyes.inner.config.vision_config
+    return vision.image_size // vision.patch_size
+
+
+def frame_side(eyes: Eyes) -> int:
+    """Tokens along one side of a frame, in encoders that see each frame of a video as a picture of its own."""
+    if hasattr(eyes.inner, "apply_pooling"):  # LLaVA-OneVision
+        return -(-patch_side(eyes) // 2)
+    if stride := getattr(eyes.inner.config, "spatial_pool_stride", None):  # LLaVA-NeXT-Video
+        return patch_side(eyes) // stride
+    raise not_understood(eyes, "videos")
+
+
+def not_understood(eyes: Eyes, what: str) -> LaconicError:
+    return LaconicError(f"{type(eyes.inner).__name__} makes tokens of {what} in a way that is not understood: leave them out.")
+
+
+def cell_side(eyes: Eyes, video: bool) -> int:
     """Patches along one side of what becomes one token, in encoders that see each picture as a row of a batch."""
     config = eyes.inner.config
+    if video:
+        side, rest = divmod(patch_side(eyes), frame_side(eyes))
+        if rest:
+            raise LaconicError("Tokens of this model's videos share patches, none of which can leave: use hiprune or divprune.")
+        return side
     if scale := getattr(eyes.projector, "scale_factor", None):
         return scale
     if share := getattr(config, "downsample_ratio", None):
@@ -93,18 +140,39 @@ def feature_block(eyes: Eyes, depth: int) -> int:
 
 def look(eyes: Eyes, output: Any, arguments: dict[str, Any]) -> Seen:
     """How the pictures of one ``get_image_features`` call lie, from its ``output`` and the ``arguments`` that it was given."""
-    pooled = output.pooler_output
-    features = list(pooled)
+    features = list(output.pooler_output)
     if (thw := arguments.get("image_grid_thw")) is not None:
-        return _look_native(eyes, features, thw)
+        return _look_native(eyes, eyes.image, features, thw)
     if arguments.get("image_sizes") is not None and hasattr(eyes.inner, "pack_image_features"):
         return _look_packed(eyes, features, arguments)
     if scale := getattr(eyes.projector, "scale_factor", None):  # Idefics3: all crops of a prompt in one piece
-        vision = eyes.inner.config.vision_config
-        size = (vision.image_size // vision.patch_size // scale) ** 2
+        size = (patch_side(eyes) // scale) ** 2
         features = [part for whole in features for part in whole.split(size) if len(part)]
     layouts = [grid(*_square(len(part))) for part in features]
-    return Seen(features, layouts, list(range(len(features))))
+    return Seen(eyes.image, features, layouts, list(range(len(features))))
+
+
+def look_at_videos(eyes: Eyes, output: Any, arguments: dict[str, Any]) -> Seen:
+    """As ``look``, of one ``get_video_features`` call."""
+    features = list(output.pooler_output)
+    if (thw := arguments.get("video_grid_thw")) is not None:
+        seen = _look_native(eyes, eyes.video, features, thw)
+    else:
+        side, frames = frame_side(eyes), arguments["pixel_values_videos"].shape[1]
+        layout = grid(side, side, frames)
+        if hasattr(eyes.inner, "apply_pooling"):
+            layout = _marked(layout)
+        count = len(features)
+        seen = Seen(eyes.video, features, [layout] * count, [number * frames for number in range(count)])
+    if [len(part) for part in features] != [len(layout) for layout in seen.layouts]:
+        raise not_understood(eyes, "videos")
+    return seen
+
+
+def _marked(layout: Layout) -> Layout:
+    """With a mark behind the last token, as LLaVA-OneVision ends a video."""
+    places = (torch.nn.functional.pad(t, (0, 1), value=SEPARATOR) for t in (layout.crop, layout.row, layout.column))
+    return Layout(*places, layout.shapes)
 
 
 def _square(count: int) -> tuple[int, int]:
@@ -114,7 +182,7 @@ def _square(count: int) -> tuple[int, int]:
     return side, side
 
 
-def _look_native(eyes: Eyes, features: list[torch.Tensor], thw: torch.Tensor) -> Seen:
+def _look_native(eyes: Eyes, token: int, features: list[torch.Tensor], thw: torch.Tensor) -> Seen:
     """Qwen-VL: every picture in its own size, the patches of a token side by side, with windows in another order."""
     merge = eyes.tower.spatial_merge_size
     layouts, windows, at = [], [], 0
@@ -132,20 +200,18 @@ def _look_native(eyes: Eyes, features: list[torch.Tensor], thw: torch.Tensor) ->
         for i, layout in enumerate(layouts):  # windows of one picture stay together
             orders[i] = place[begin : begin + len(layout)] - begin
             begin += len(layout)
-    return Seen(features, layouts, [0] * len(layouts), windows, orders)
+    return Seen(token, features, layouts, [0] * len(layouts), windows, orders)
 
 
 def _look_packed(eyes: Eyes, features: list[torch.Tensor], arguments: dict[str, Any]) -> Seen:
     """LLaVA-NeXT and OneVision: the model's own packing of cell numbers says where each token comes from."""
-    config = eyes.inner.config
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    pixels, layouts, firsts, first = arguments["pixel_values"], [], [], 0
+    side, pixels, layouts, firsts, first = patch_side(eyes), arguments["pixel_values"], [], [], 0
     counts = crop_counts(eyes, arguments)
     for picture, (count, size) in enumerate(zip(counts, arguments["image_sizes"], strict=True)):
         layouts.append(_packed_layout(eyes, count, size, side, len(features[picture]), pixels.device))
         firsts.append(first)
         first += count
-    return Seen(features, layouts, firsts)
+    return Seen(eyes.image, features, layouts, firsts)
 
 
 def crop_counts(eyes: Eyes, arguments: dict[str, Any]) -> list[int]:
@@ -193,12 +259,16 @@ def _packed_layout(eyes: Eyes, count: int, size: torch.Tensor, side: int, length
     )  # fmt: skip
 
 
-def spans(ids: torch.Tensor, eyes: Eyes, seen: Seen) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """For each picture of each row of ``ids`` (batch, count): its number in ``seen``, the row, and its slots, int64 ``(n,)``.
+def spans(ids: torch.Tensor, sights: Sequence[Seen]) -> list[tuple[Seen, int, int, torch.Tensor]]:
+    """For each picture and video of each row of ``ids`` (batch, count), in the order of the prompt: the one of ``sights`` that it
+    is in and its number there, the row, and its slots, int64 ``(n,)``."""
+    found = [(seen, *place) for seen in sights for place in _places(ids, seen)]
+    return sorted(found, key=lambda place: (place[2], int(place[3][0])))
 
-    Rows of a beam search stand side by side and show the same pictures.
-    """
-    pictured = ids == eyes.image
+
+def _places(ids: torch.Tensor, seen: Seen) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Number, row and slots of what ``seen`` has. Rows of a beam search stand side by side and show the same pictures."""
+    pictured = ids == seen.token
     total, beams = sum(map(len, seen.features)), 1
     if total and int(pictured.sum()) % total == 0:
         beams = max(1, int(pictured.sum()) // total)

@@ -33,7 +33,7 @@ STAGES = ((56, 2, 64), (84, 3, 64), (112, 3, 36), (140, 4, 24), (168, 5, 16), (2
 ALONE = ((0.08, (SIDE // 2, 9, 8)), (0.13, (SIDE, 16, 2)))  # share of the time up to which the encoder learns alone, and on what
 PASS = 0.8  # share of right answers to every type of question that opens the next stage
 LATEST = 0.7  # share of the time by which the last stage begins in any case
-PER_SCENE = 8  # questions
+ASKED = (*TYPES, "position", "count", "position", "comparison", "position")  # about each scene: what takes longest, most
 RATE, RATE_ALONE = 1e-3, 2e-3
 GROUND = 0.1  # weight of patches that show nothing among those that the encoder is asked about
 CHAT = 0.25  # share of the batches in which the questions about a scene are one conversation
@@ -180,10 +180,10 @@ class SceneMaker:
         scenes, asked = [], []
         while len(scenes) < count:
             scene = make_scene(self.rng, side, (2, most))
-            questions = [q for i in range(2 * PER_SCENE) if (q := ask(scene, self.rng, TYPES[i % len(TYPES)]))]
+            questions = [question for type_ in ASKED if (question := ask(scene, self.rng, type_))]
             if len(questions) >= 3:
                 scenes.append(scene)
-                asked.append(list(dict.fromkeys(questions))[:PER_SCENE])
+                asked.append(list(dict.fromkeys(questions)))
         return assemble(scenes, asked, self.tokenizer, self.rng)
 
 

@@ -14,15 +14,16 @@ from laconic.cache import OTHER, WORD, KVCache, Request
 from laconic.errors import LaconicError
 from laconic.layers import change_tensors, take_rows
 from laconic.method import Method
-from laconic.models.pictures import Seen, cell_side, feature_block, find_eyes, look, spans
+from laconic.models.pictures import Seen, cell_side, feature_block, find_eyes, look, look_at_videos, not_understood, spans
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
 from laconic.vision.first_layer import FirstLayer
+from laconic.vision.gaps import GAPS, Gaps
 from laconic.vision.parking import PARKED, Parked, by_axis, by_row
 from laconic.vision.picture import Picture
 from laconic.vision.thinning import Thinning
 
-SHIFT = "vision.shift"  # per row: by how much later tokens are moved where positions are compact
+LOOKS = {"get_image_features": look, "get_video_features": look_at_videos}  # what runs the encoder, and how to read it
 
 
 class Entry:
@@ -47,12 +48,10 @@ class Entry:
         self.pictures: list[Picture] = []
         self._request: Request | None = None
         self._arguments: dict[str, Any] = {}
-        self._trace: Trace | None = None
-        self.seen: Seen | None = None  # of the latest forward with pictures, as are ``pictures`` and ``reductions``
+        self.seen: list[Seen] = []  # of the latest forward with pictures, as are ``pictures`` and ``reductions``
         self._fresh = False  # whether the encoder has looked at pictures that no forward has taken in yet
+        self._trace: Trace | None = None  # of the encoder's running call
         self._encoded: torch.Tensor | None = None
-        self._watching = False
-        self._pixels: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
         self._depth = len(find_blocks(self.eyes.tower))
         self._wants = frozenset(want for method in methods for want in method.wants(self._depth))
@@ -64,15 +63,10 @@ class Entry:
         self._install(model)
 
     def _install(self, model: torch.nn.Module) -> None:
-        inner, original = self.eyes.inner, self.eyes.inner.get_image_features
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            return self._watch(original, signature.bind_partial(*args, **kwargs).arguments, args, kwargs)
-
-        self._before = inner.__dict__.get("get_image_features")
-        inner.__dict__["get_image_features"] = self._watched = watched
+        inner, self._watched = self.eyes.inner, {}
+        self._before = {name: inner.__dict__.get(name) for name in LOOKS if hasattr(inner, name)}
+        for name in self._before:
+            inner.__dict__[name] = self._watched[name] = self._watcher(getattr(inner, name), LOOKS[name])
         self._hooks = [
             self.eyes.projector.register_forward_pre_hook(self._remember, with_kwargs=True),
             self.eyes.language.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -80,24 +74,38 @@ class Entry:
             model.register_forward_hook(lambda *_: self.stop(), always_call=True),
         ]
 
+    def _watcher(self, original: Callable[..., Any], looks: Callable[..., Seen]) -> Callable[..., Any]:
+        """Stands for one of the model's functions that run the encoder."""
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self._in_force() or self._trace is not None:  # Qwen3-VL looks at videos by the function for pictures
+                return original(*args, **kwargs)
+            return self._watch(lambda: original(*args, **kwargs), looks, signature.bind_partial(*args, **kwargs).arguments)
+
+        return watched
+
     def remove(self) -> None:
         """Takes the hooks out of the model."""
-        if self.eyes.inner.__dict__.get("get_image_features") is self._watched:  # else another one lies around it, and calls it
-            self.eyes.inner.__dict__.pop("get_image_features")
-            if self._before is not None:
-                self.eyes.inner.__dict__["get_image_features"] = self._before
+        functions = self.eyes.inner.__dict__
+        for name, before in self._before.items():
+            if functions.get(name) is self._watched[name]:  # else another one lies around it, and calls it
+                functions.pop(name)
+                if before is not None:
+                    functions[name] = before
         for hook in self._hooks:
             hook.remove()
 
     def start(self, request: Request, arguments: dict[str, Any]) -> None:
         """Serves the forward that begins now, with the ``arguments`` of the model."""
         self.stop()
+        if arguments.get("pixel_values_videos") is not None and "get_video_features" not in self._before:
+            raise not_understood(self.eyes, "videos")
         self._request, self._arguments = request, arguments
 
     def stop(self) -> None:
         """The forward is over, or has failed."""
-        if self._trace is not None:
-            self._trace.stop()
         if self._request is not None:
             self._request.count = self._request.pictures = None
             self._request.looked = []
@@ -105,24 +113,24 @@ class Entry:
         self._request = self._rows = self._late = None
         self._arguments = {}
 
-    def _watch(self, original: Any, given: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _watch(self, run: Callable[[], Any], looks: Callable[..., Seen], given: dict[str, Any]) -> Any:
         """Runs the encoder under observation: within a forward, or ahead of it as ``generate`` does."""
-        if not self._in_force():
-            return original(*args, **kwargs)
-        self._encoded, self._watching = None, True
-        self._trace = Trace(self.eyes.tower, self._wants, thinned=self._thinner is not None)
-        thinning = self._thin() if self._thinner is not None else None
+        self._encoded = thinning = None
+        self._trace = trace = Trace(self.eyes.tower, self._wants, thinned=self._thinner is not None)
         try:
-            output = original(*args, **kwargs)
+            if self._thinner is not None:
+                thinning = self._thin(video=looks is look_at_videos)
+            output = run()
         finally:
-            self._watching = False
-            self._trace.stop()
+            self._trace = None
+            trace.stop()
             if thinning is not None:
                 thinning.stop()
-        self.seen = look(self.eyes, output, {**self._arguments, **given})
-        pixels = given.get("pixel_values")
-        self._pixels = pixels.flatten(0, -4) if isinstance(pixels, torch.Tensor) and pixels.dim() > 3 else None
-        self._fresh = True
+        pixels = given.get("pixel_values", given.get("pixel_values_videos"))
+        pixels = pixels.flatten(0, -4) if isinstance(pixels, torch.Tensor) and pixels.dim() > 3 else None
+        seen = replace(looks(self.eyes, output, {**self._arguments, **given}), trace=trace, encoded=self._encoded, pixels=pixels)
+        others = [other for other in self.seen if other.token != seen.token] if self._fresh else []
+        self.seen, self._fresh = [*others, seen], True
         return output
 
     def _check_thinning(self, methods: tuple[Method, ...]) -> None:
@@ -136,20 +144,21 @@ class Entry:
                 f"{other} asks for attention to all patches, of which {name} takes some away: keep one of the two."
             )
 
-    def _thin(self) -> Thinning:
+    def _thin(self, video: bool) -> Thinning:
         """Lets the method that thins the encoder do so."""
         last, budget = feature_block(self.eyes, self._depth), self._thinner.budget
-        return Thinning(self.eyes.tower, self._thinner, self._trace, cell_side(self.eyes), last, budget.tokens)
+        return Thinning(self.eyes.tower, self._thinner, self._trace, cell_side(self.eyes, video), last, budget.tokens)
 
     def _remember(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._watching and self._encoded is None:
+        if self._trace is not None and self._encoded is None:
             self._encoded = args[0] if args else next(iter(kwargs.values()))
 
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         request = self._request
         if request is None:
             return None
-        shift, parked = request.memory.get(SHIFT), request.memory.get(PARKED)
+        parked = request.memory.get(PARKED)
+        kwargs = self._close_gaps(kwargs)
         if self._fresh and request.positions.shape[1] > 1:
             if self.parks:
                 self._park(kwargs)
@@ -160,8 +169,6 @@ class Entry:
             request.memory[PARKED] = parked
             if request.positions.shape[1] > 1:
                 kwargs = self._choose_again(kwargs, parked)
-        elif shift is not None:
-            kwargs = {**kwargs, "position_ids": self._positions(kwargs) - shift[:, None]}
         return args, kwargs
 
     def _ids(self) -> torch.Tensor:
@@ -185,10 +192,9 @@ class Entry:
         stays = positions >= 0
         request.pictures = torch.full((len(ids), int(positions.max()) + 1), WORD, device=positions.device)
         request.looked = self.pictures
-        other = (self._no_words(ids) & stays).nonzero(as_tuple=True)
+        other = (self.eyes.pictured(ids) & stays).nonzero(as_tuple=True)
         request.pictures[other[0], positions[other]] = OTHER
-        found = zip(self.pictures, self.reductions, spans(ids, self.eyes, self.seen), strict=True)
-        for picture, reduction, (_, row, slots) in found:
+        for picture, reduction, (_, _, row, slots) in zip(self.pictures, self.reductions, spans(ids, self.seen), strict=True):
             gone = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
             gone[reduction.kept] = False
             gone &= ~picture.layout.separators.to(gone.device)
@@ -209,23 +215,22 @@ class Entry:
         if isinstance(mask, dict) or hasattr(mask, "laconic_reach"):
             raise LaconicError("Picture tokens of this model see each other, which no later turn can redo: leave out rest=park.")
         ids, embeddings = self._ids(), kwargs["inputs_embeds"]
-        features = [embeddings[row, slots] for _, row, slots in spans(ids, self.eyes, self.seen)]
-        looked, deep = (self.seen, self._trace, self._encoded, self._pixels), kwargs.get("deepstack_visual_embeds")
-        places = by_row(self._positions(kwargs))
-        request.memory[PARKED] = Parked(ids, request.positions, places.expand(len(ids), -1, -1), features, [], looked, deep)
+        features = [embeddings[row, slots] for _, _, row, slots in spans(ids, self.seen)]
+        places, deep = by_row(self._positions(kwargs)), kwargs.get("deepstack_visual_embeds")
+        request.memory[PARKED] = Parked(ids, request.positions, places.expand(len(ids), -1, -1), features, [], self.seen, deep)
 
     def _choose_again(self, kwargs: dict[str, Any], parked: Parked) -> dict[str, Any]:
         """The language model's arguments for the whole conversation where its latest turn chooses other tokens; else as given."""
         request, new, late = self._request, kwargs["inputs_embeds"], self._request.positions
-        self.seen, self._trace, self._encoded, self._pixels = parked.looked
+        self.seen, pictured = parked.seen, self.eyes.pictured(parked.ids)
         self._arguments = {**self._arguments, "input_ids": parked.ids}
-        embeddings = self._words(parked.ids.masked_fill(parked.ids == self.eyes.image, 0)).to(new.dtype)
-        for features, (_, row, slots) in zip(parked.features, spans(parked.ids, self.eyes, self.seen), strict=True):
+        embeddings = self._words(parked.ids.masked_fill(pictured, 0)).to(new.dtype)
+        for features, (_, _, row, slots) in zip(parked.features, spans(parked.ids, self.seen), strict=True):
             embeddings[row, slots] = features
         embeddings[:, -new.shape[1] :] = new
         whole = {**kwargs, "inputs_embeds": embeddings, "position_ids": by_axis(parked.places)}
         if parked.deep is not None:
-            whole |= {"deepstack_visual_embeds": parked.deep, "visual_pos_masks": parked.ids == self.eyes.image}
+            whole |= {"deepstack_visual_embeds": parked.deep, "visual_pos_masks": pictured}
         request.positions = parked.positions
         self._choose(whole)
         if all(torch.equal(old, reduction.kept) for old, reduction in zip(parked.kept, self.reductions, strict=True)):
@@ -253,36 +258,24 @@ class Entry:
 
     def _open(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> list[Picture]:
         """The pictures of this forward in the order of the prompt."""
-        seen, pictures, embeddings, first_layer = self.seen, [], kwargs["inputs_embeds"], None
+        pictures, embeddings, first_layer = [], kwargs["inputs_embeds"], None
         real = self._request.positions.to(embeddings.device) >= 0
         if any(method.reads_first_layer for method in self.methods):
             first_layer = FirstLayer(self.eyes.language, {**kwargs, "position_ids": self._positions(kwargs)}, self._request)
-        special = self._no_words(ids)
-        for i, row, slots in spans(ids, self.eyes, seen):
+        special = self.eyes.pictured(ids)
+        for seen, i, row, slots in spans(ids, self.seen):
             words = (real[row] & ~special[row]).nonzero()[:, 0]
             pictures.append(
                 Picture(
                     features=embeddings[row, slots], layout=seen.layouts[i], text=embeddings[row, words],
-                    after=words > slots[-1], trace=self._trace, encoded=self._encoded,
+                    after=words > slots[-1], trace=seen.trace, encoded=seen.encoded,
                     first=seen.firsts[i], window=seen.windows and seen.windows[i], order=seen.orders and seen.orders[i],
                     number=len(pictures),
-                    projector=self.eyes.projector, pixels=self._pixels_of(seen, i), model=self.model,
+                    projector=self.eyes.projector, pixels=seen.pixels_of(i), model=self.model,
                     from_words=first_layer and first_layer.attention(row, words[words > slots[-1]], slots),
                 )
             )  # fmt: skip
         return pictures
-
-    def _no_words(self, ids: torch.Tensor) -> torch.Tensor:
-        """The tokens that stand for pictures and videos, separators among them: boolean ``(batch, n)``."""
-        special = ids == self.eyes.image
-        return special if self.eyes.video is None else special | (ids == self.eyes.video)
-
-    def _pixels_of(self, seen: Seen, i: int) -> torch.Tensor | None:
-        """Pixels of one picture's crops; None where the encoder was given patches, or crops that are no pictures lie between."""
-        count = sum(len(layout.shapes) for layout in seen.layouts)
-        if self._pixels is None or seen.windows is not None or len(self._pixels) != count:
-            return None
-        return self._pixels[seen.firsts[i] : seen.firsts[i] + len(seen.layouts[i].shapes)]
 
     def _take(self, kwargs: dict[str, Any], stays: torch.Tensor) -> dict[str, Any]:
         """Only the rows that stay, padded on the left; tells the cache which they are."""
@@ -303,7 +296,7 @@ class Entry:
         if hasattr(mask, "laconic_reach"):
             kwargs["attention_mask"].laconic_reach = mask.laconic_reach
         if self.compact:
-            kwargs["position_ids"] = self._renumber(kwargs["position_ids"], positions, kept)
+            kwargs["position_ids"] = self._renumber(kwargs["position_ids"], order, stays)
         request.positions = request.positions.to(order.device).gather(1, order).masked_fill(~kept, -1)
         request.count = count
         return kwargs
@@ -313,16 +306,23 @@ class Entry:
         given = kwargs.get("position_ids")
         return self._request.positions.clamp(min=0) if given is None else given
 
-    def _renumber(self, kept_positions: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Positions without gaps; later tokens are moved by as much as the last one was."""
-        if positions.dim() != 2:
+    def _close_gaps(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The language model's arguments with this forward's tokens moved up to those of earlier ones."""
+        request = self._request
+        if GAPS not in request.memory:
+            return kwargs
+        gaps = request.memory[GAPS] = request.memory[GAPS].before(request.positions)
+        return {**kwargs, "position_ids": self._positions(kwargs) - gaps.sizes[:, None]}
+
+    def _renumber(self, kept_positions: torch.Tensor, order: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+        """What the rotary embedding is given for the rows in ``order``, without gaps, which later forwards will close too."""
+        if kept_positions.dim() != 2:
             raise LaconicError("This model places pictures by row and column, which cannot be renumbered: leave positions=keep.")
-        compact = (kept.long().cumsum(-1) - 1).clamp(min=0)
-        first = positions.amin(-1, keepdim=True)
-        shift = kept_positions[:, -1] - (compact + first)[:, -1]
-        known = self._request.memory.get(SHIFT)
-        self._request.memory[SHIFT] = shift if known is None else known + shift
-        return compact + first
+        memory, positions = self._request.memory, self._request.positions.to(stays.device)
+        gone = (positions >= 0) & ~stays
+        fresh = positions.masked_fill(~gone, -1)[:, gone.any(0)]
+        memory[GAPS] = memory[GAPS].and_then(fresh) if GAPS in memory else Gaps(fresh)
+        return (kept_positions - gone.long().cumsum(-1).gather(1, order)).clamp(min=0)
 
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         """Puts the rows back where they stood, zero where tokens were dropped, so that the output has its usual length."""

@@ -42,8 +42,8 @@ class GlobalCom2(VisionMethod):
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
         worth, members = picture.salience(-1).cpu(), crop_members(picture.layout)
-        if len(members) == 1:
-            return top(worth, k, members[0])
+        if not any(picture.layout.parts):
+            return top(worth, k, picture.cells)
         caps = torch.tensor([len(part) for part in members])
         ratio = k / int(caps.sum())
         grid = self.whole_grid(picture, worth)

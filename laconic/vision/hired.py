@@ -23,8 +23,8 @@ class HiRED(VisionMethod):
 
     Interest is the class token's attention in the first block: the cells of the whole picture that it attends to most are marked,
     and a part's share is the number of marks in its region. What stays of the whole and of each part is what the class token
-    attends to in the block before the last. A picture without parts keeps the best by that alone. Budgets are exact; what one
-    side cannot hold goes to the other.
+    attends to in the block before the last. A picture without parts, or a video, keeps the best by that alone. Budgets are exact;
+    what one side cannot hold goes to the other.
     """
 
     id: ClassVar[str] = "hired"
@@ -42,8 +42,8 @@ class HiRED(VisionMethod):
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
         late, members = picture.cls(-2), crop_members(picture.layout)
-        if len(members) == 1:
-            return top(late, k, members[0])
+        if not any(picture.layout.parts):
+            return top(late, k, picture.cells)
         caps = torch.tensor([len(part) for part in members[1:]])
         whole = max(min(int(k * self.whole), len(members[0])), k - int(caps.sum()))
         quotas = share_out(self.marks(picture), k - whole, caps)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+
+from laconic.models.pictures import Seen
 
 PARKED = "vision.parked"  # where a request remembers it
 
@@ -20,7 +21,7 @@ class Parked:
         places: ``(batch, n, axes)``: what the rotary embedding is given.
         features: per picture ``(tokens, dim)``, as the language model would get them all.
         kept: per picture int64 ``(k,)``: the tokens that it was given.
-        looked: what the encoder said of the pictures (see ``Entry``).
+        seen: what the encoder said of the pictures.
         deep: what deeper layers add to picture tokens, where the model has that.
     """
 
@@ -29,7 +30,7 @@ class Parked:
     places: torch.Tensor
     features: list[torch.Tensor]
     kept: list[torch.Tensor]
-    looked: tuple[Any, ...]
+    seen: list[Seen]
     deep: list[torch.Tensor] | None
 
     def rows(self, index: torch.Tensor) -> Parked:

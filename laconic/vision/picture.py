@@ -21,7 +21,7 @@ class Layout:
 
     Attributes:
         crop: which of the pictures that the encoder saw, counted from 0 within this picture; -1 for separators. Where a picture
-            comes whole and in parts, 0 is the whole.
+            comes whole and in parts, 0 is the whole; those of a video are its frames.
         row, column: cell within the crop's grid of tokens; -1 for separators.
         shapes: rows and columns of each crop's grid.
         parts: rows and columns of the arrangement of the crops from 1 on; (0, 0) where there are none.
@@ -36,6 +36,11 @@ class Layout:
     @property
     def separators(self) -> torch.Tensor:
         return self.crop == SEPARATOR
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """The tokens that together show all of the picture once, int64 ascending: of crop 0 where it comes in parts as well."""
+        return (self.crop == 0 if any(self.parts) else ~self.separators).nonzero()[:, 0]
 
     @property
     def index(self) -> torch.Tensor:
@@ -147,7 +152,10 @@ class Picture:
     def project(self, given: torch.Tensor) -> torch.Tensor:
         """The cells of ``given``, as ``projector_input`` is, float32 ``(cells, dim)`` in the projector's own order."""
         with torch.no_grad():
-            return self.projector(given).float().flatten(0, -2)
+            made = self.projector(given).float()
+        if self.window is None and made.shape[1] * len(made) != sum(h * w for h, w in self.layout.shapes):
+            made = pool_cells(made, *self.layout.shapes[0], "mean")  # the model pools behind the projector
+        return made.flatten(0, -2)
 
     def of_inputs(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the cells, in the projector's order, as values of the tokens; 0 for separators."""
@@ -159,11 +167,12 @@ class Picture:
         return found.masked_fill(gone if found.dim() == 1 else gone[:, None], 0.0)
 
     def recorded(self, kind: str, layer: int) -> torch.Tensor:
-        """This picture's part of what a block's attention was asked for (see ``Want``): of its crops, or of one row of all."""
-        found = self.trace.get(kind, layer)
+        """What a block's attention was asked for (see ``Want``), of this picture's crops."""
+        found, crops = self.trace.get(kind, layer), len(self.layout.shapes)
         if self.window is None:
-            return found[self.first : self.first + len(self.layout.shapes)]
-        return found.narrow(1 if found.dim() == 2 else 2, self.window[0], self.window[1] - self.window[0])
+            return found[self.first : self.first + crops]
+        row = found[0].narrow(0 if found.dim() == 2 else 1, self.window[0], self.window[1] - self.window[0])
+        return row.unflatten(0, (crops, -1)) if row.dim() == 1 else row.unflatten(1, (crops, -1)).movedim(1, 0)
 
     def of_patches(self, values: torch.Tensor, how: str) -> torch.Tensor:
         """Values of the patches ``(crops, patches)`` or ``(crops, patches, width)`` as values of the tokens, float32 ``(n,)`` or
@@ -171,8 +180,7 @@ class Picture:
         flat = values[..., None] if values.dim() == 2 else values
         flat = flat.float()
         if self.order is not None:  # one row of all patches, members of a cell side by side
-            members = flat.shape[1] // sum(h * w for h, w in self.layout.shapes)
-            pooled = flat[0].unflatten(0, (-1, members))
+            pooled = flat.flatten(0, 1).unflatten(0, (sum(h * w for h, w in self.layout.shapes), -1))
             pooled = (pooled.sum(1) if how == "sum" else pooled.mean(1))[self.order]
         else:
             height, width = self.layout.shapes[0]
@@ -203,10 +211,17 @@ def bar_cells(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def pool_cells(patches: torch.Tensor, height: int, width: int, how: str) -> torch.Tensor:
-    """A square grid of patches ``(crops, patches, width)`` to ``height`` x ``width`` cells, ``(crops, cells, width)``."""
+    """A square grid of patches ``(crops, patches, width)`` to ``height`` x ``width`` cells, ``(crops, cells, width)``.
+
+    Cells that share patches weigh them as a bilinear resize does, as LLaVA-OneVision makes tokens of frames.
+    """
     side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1] or side % height or side % width:
-        raise LaconicError(f"The encoder's {patches.shape[1]} patches do not divide into {height} x {width} tokens.")
+    if side * side != patches.shape[1]:
+        raise LaconicError(f"The encoder's {patches.shape[1]} patches are no square to divide into {height} x {width} tokens.")
+    if side % height or side % width:
+        rows = patches.mT.unflatten(-1, (side, side))
+        cells = torch.nn.functional.interpolate(rows, size=(height, width), mode="bilinear").flatten(2).mT
+        return cells * (side * side / (height * width)) if how == "sum" else cells
     blocks = patches.view(len(patches), height, side // height, width, side // width, -1)
     blocks = blocks.sum((2, 4)) if how == "sum" else blocks.mean((2, 4))
     return blocks.flatten(1, 2)

@@ -13,6 +13,7 @@ from laconic.generation import Clock
 from laconic.models.pictures import spans
 from laconic.models.reading import open_picture, read, sees, text_side
 from laconic.recipe import Recipe
+from laconic.vision.photos import photo_path
 from laconic.vision.picture import Layout
 
 if TYPE_CHECKING:
@@ -78,9 +79,17 @@ def scene_of(name: str) -> tuple[Any, str]:
     return scene, question.text
 
 
+def picture_named(name: str) -> tuple[Any, str | None]:
+    """The picture at a path, of ``scene:N`` or of ``photo:NAME``, and the question that belongs to it, if one does."""
+    kind, colon, rest = name.partition(":")
+    if kind == "scene":
+        return scene_of(name)
+    return (photo_path(rest) if kind == "photo" and colon else name), None
+
+
 def asked_about(image: str, question: str | None) -> tuple[Any, str]:
-    """The picture at a path, or of ``scene:N``, and what is asked about it: of a scene, where nothing is, its own question."""
-    picture, own = scene_of(image) if image.partition(":")[0] == "scene" else (image, None)
+    """The picture that ``image`` names, and what is asked about it: where nothing is, the question that belongs to it."""
+    picture, own = picture_named(image)
     if not (question or own):
         raise LaconicError(f'There is no question about {image}: write one behind it, such as "What is this?".')
     return picture, question or own
@@ -144,11 +153,11 @@ def _view(model: torch.nn.Module, reader: Any, inputs: dict[str, Any], recipe: R
 def shown(handle: Any, ids: torch.Tensor) -> list[Shown]:
     """What became of the pictures of the latest forward, read off its cache; empty where no method looks at pictures."""
     entry = handle.entry
-    if entry is None or entry.seen is None:
+    if entry is None or not entry.seen:
         return []
     layers = handle.latest.layers
-    found, places = [], spans(ids, entry.eyes, entry.seen)
-    for (_, _, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
+    found, places = [], spans(ids, entry.seen)
+    for (_, _, _, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
         held = torch.stack([torch.isin(slots, layer.positions[0, 0]) for layer in layers]).float().mean(0)
         found.append(Shown(picture.layout, held.cpu(), reduction.into, reduction.scores))
     return found

@@ -41,5 +41,5 @@ class ToDRE(VisionMethod):
         return {Want("salience", -1)}
 
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
-        first = best(picture.salience(-1), (picture.layout.crop == 0).nonzero()[:, 0])
+        first = best(picture.salience(-1), picture.layout.whole)
         return pick(picture.features, k, SumRule() if self.variant == "sum" else MaxRule(), picture.cells, first)

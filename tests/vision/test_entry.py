@@ -27,8 +27,8 @@ def entered(model: Any, x: dict[str, torch.Tensor]) -> dict[str, Any]:
 def stays(handle: Any, x: dict[str, torch.Tensor]) -> torch.Tensor:
     """Which of the prompt's tokens are left, boolean as the ids."""
     left, entry = x["attention_mask"].bool().clone(), handle.entry
-    places = spans(x["input_ids"], entry.eyes, entry.seen)
-    for (_, row, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
+    places = spans(x["input_ids"], entry.seen)
+    for (_, _, row, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
         keep = picture.layout.separators.clone()
         keep[reduction.kept] = True
         left[row, slots[~keep]] = False
@@ -54,7 +54,10 @@ def by_hand(model: Any, given: dict[str, Any], ids: torch.Tensor, left: torch.Te
         }
     with torch.no_grad():
         out = model.get_decoder()(
-            inputs_embeds=given["inputs_embeds"][row : row + 1, rows], position_ids=positions, use_cache=False, **options,
+            inputs_embeds=given["inputs_embeds"][row : row + 1, rows],
+            position_ids=positions,
+            use_cache=False,
+            **options,
             attention_mask=mask_by_hand(model, given, rows, ids[row, rows]),
         )
         return model.lm_head(out.last_hidden_state)[0]
@@ -224,3 +227,65 @@ def test_what_cannot_work_is_said_in_one_sentence() -> None:
         model(**x)
     with torch.no_grad():
         model(**x)  # and the model works as before
+
+
+def conversation(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A prompt with a picture and a second turn with another one, masked for both turns."""
+    first, later = vlm.inputs(family, (1,)), vlm.inputs(family, (1,), text=5, seed=1)
+    mask = torch.cat([first["attention_mask"], later["attention_mask"]], dim=1)
+    return first, {**later, "attention_mask": mask}
+
+
+def numbered_on(model: Any, turns: list[dict[str, torch.Tensor]], lefts: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of all tokens that are left of some turns, through the stock language model as one text without gaps."""
+    given = [entered(model, {**x, "attention_mask": torch.ones_like(x["input_ids"])})["inputs_embeds"] for x in turns]
+    embeddings = torch.cat([rows[0, left[0]] for rows, left in zip(given, lefts, strict=True)])
+    with torch.no_grad():
+        out = model.get_decoder()(inputs_embeds=embeddings[None], position_ids=torch.arange(len(embeddings))[None])
+        return model.lm_head(out.last_hidden_state)[0]
+
+
+@pytest.mark.parametrize("kept", [5, 20])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "smolvlm"])
+def test_compact_positions_go_on_with_a_second_picture(family: str, kept: int) -> None:
+    """With 20 tokens some families keep all of a picture."""
+    model, (first, later) = vlm.build(family), conversation(family)
+    lefts, logits = [], []
+    with laconic.apply(model, f"uniform(positions=compact):{kept}") as handle, torch.no_grad():
+        cache = model(**first).past_key_values
+        lefts.append(stays(handle, first))
+        logits.append(model(**later, past_key_values=cache).logits[0])
+        lefts.append(stays(handle, {**later, "attention_mask": torch.ones_like(later["input_ids"])}))
+        mask = torch.cat([later["attention_mask"], torch.ones(1, 3, dtype=torch.int64)], dim=1)
+        said = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": mask}
+        logits.append(model(**said, past_key_values=cache).logits[0])
+        lefts.append(torch.ones(1, 3, dtype=torch.bool))
+    whole = numbered_on(model, [first, later, said], lefts)
+    torch.testing.assert_close(logits[1], whole[-3:], atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(logits[0][lefts[1][0]], whole[int(lefts[0].sum()) : -3], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("removed", ["words", "picture"])
+def test_a_cropped_conversation_keeps_its_compact_positions(removed: str) -> None:
+    """What is cropped was never there: words, or a whole second turn with its picture."""
+    model, (first, later) = vlm.build("llava"), conversation("llava")
+    said = {"input_ids": torch.tensor([[7, 8, 9, 10]])}
+    said["attention_mask"] = torch.ones(1, first["input_ids"].shape[1] + 4, dtype=torch.int64)
+    words = {**said, "input_ids": torch.tensor([[40, 41, 42, 43]])}
+    with laconic.apply(model, "uniform(positions=compact):5"), torch.no_grad():
+        expected = model(**said, past_key_values=model(**first).past_key_values).logits
+        cache = model(**first).past_key_values
+        detour = words if removed == "words" else later
+        model(**detour, past_key_values=cache)
+        cache.crop(-detour["input_ids"].shape[1])
+        torch.testing.assert_close(model(**said, past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_drafted_tokens_that_are_taken_back_do_not_move_the_others() -> None:
+    model, x = vlm.build("llava"), vlm.inputs("llava")
+    options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with laconic.apply(model, "uniform(positions=compact):5"), torch.no_grad():
+        plain = model.generate(**x, **options)
+        drafted = model.generate(**x, **options, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert torch.equal(drafted.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(drafted.logits), torch.stack(plain.logits), atol=1e-4, rtol=1e-4)

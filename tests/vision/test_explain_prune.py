@@ -110,8 +110,8 @@ def test_the_first_layer_is_asked_for_what_the_stock_model_attends_to(family: st
         maps = stock(family, x).attentions[0].mean(1)
         with laconic.apply(model, ExplainPrune()) as handle:
             model(**x)
-    held = spans(x["input_ids"], handle.entry.eyes, handle.entry.seen)
-    for (_, row, slots), picture in zip(held, handle.entry.pictures, strict=True):
+    held = spans(x["input_ids"], handle.entry.seen)
+    for (_, _, row, slots), picture in zip(held, handle.entry.pictures, strict=True):
         words = ((x["input_ids"][row] != vlm.IMAGE) & x["attention_mask"][row].bool()).nonzero()[:, 0]
         expected = maps[row, words[words > slots[-1]]][:, slots].mean(0)
         torch.testing.assert_close(picture.from_words, expected, atol=1e-5, rtol=1e-3)
