@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -62,11 +63,12 @@ def _cell(text: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the catalogue to the file that is named, or to stdout."""
-    text = catalogue_markdown()
-    if not arguments:
+    parser = argparse.ArgumentParser(prog="python -m laconic.docs", description="Write the catalogue of methods as Markdown.")
+    parser.add_argument("path", type=Path, nargs="?", help="the file to write; by default stdout")
+    path, text = parser.parse_args(arguments).path, catalogue_markdown()
+    if path is None:
         print(text, end="")
         return
-    path = Path(arguments[0])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -44,3 +44,5 @@ def test_it_goes_to_a_file_or_to_stdout(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "new" / "methods.md").read_text() == capsys.readouterr().out == catalogue_markdown()
     with pytest.raises(LaconicError, match="Cannot write"):
         main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])

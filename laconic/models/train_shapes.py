@@ -43,7 +43,7 @@ FACTS = {  # what each patch is asked: kinds of answers, 0 for none
     "shape": len(SHAPES) + 2, "colour": len(COLOURS) + 1, "middle": 2, "size": 4, "word": len(WORDS) + 1, "tens": 11, "ones": 11,
 }  # fmt: skip
 PLACE = ("row", "column")  # in the whole grid; of patches that show something, and of things that a word names
-HALF_WAY = 2  # the layer of the language model after which it is asked
+HALF_WAY, LATER = 2, 4  # layers of the language model after which it is asked that, and how far the thing named before it lies
 
 
 def build_model():
@@ -94,6 +94,7 @@ class Heads(torch.nn.Module):
     def __init__(self, width: int, words: int) -> None:
         super().__init__()
         self.named = torch.nn.Linear(words, len(PLACE) + len(RADII))
+        self.apart = torch.nn.Linear(words, len(PLACE))
         self.patch = torch.nn.Linear(width, len(PLACE) + sum(FACTS.values()))
         kinds = len(SHAPES) * len(COLOURS)
         self.seen = torch.nn.Linear(width, kinds + sum(FACTS[name] for name in ("word", "tens", "ones")))
@@ -118,21 +119,25 @@ class Heads(torch.nn.Module):
             total = total + 0.5 * cross_entropy(logits, batch.sign[name])
         return total
 
-    def naming(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Sum of the cross entropies at the words that name a thing, of the language model's ``hidden`` (batch, text, width)."""
+    def naming(self, hidden: torch.Tensor, later: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Sum of the losses at the words that name a thing, of the language model's ``hidden`` states after the two layers,
+        ``(batch, text, width)`` each."""
         asked = batch.named[..., 0] != IGNORED
         if not bool(asked.any()):
             return hidden.new_zeros(())
         place, size = self.named(hidden[asked].float()).split([len(PLACE), len(RADII)], dim=-1)
         target = batch.named[asked]
-        return off_by(place, target[:, : len(PLACE)]) + cross_entropy(size, target[:, -1])
+        loss = off_by(place, target[:, : len(PLACE)]) + cross_entropy(size, target[:, len(PLACE)])
+        second = batch.named[..., -1] != IGNORED
+        if bool(second.any()):
+            loss = loss + off_by(self.apart(later[second].float()), batch.named[second][:, -len(PLACE) :], middle=0.0)
+        return loss
 
 
-def off_by(places: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def off_by(places: torch.Tensor, target: torch.Tensor, middle: float = (SIDE / CELL - 1) / 2) -> torch.Tensor:
     """How far ``places`` (k, 2), from -1 to 1 over the grid, are from rows and columns: in a straight line, so that places can be
     compared by a difference."""
-    half = SIDE / CELL / 2
-    return 5 * (places - (target + 0.5 - half) / half).abs().sum(-1).mean()
+    return 5 * (places - (target - middle) / (SIDE / CELL / 2)).abs().sum(-1).mean()
 
 
 @dataclass
@@ -146,7 +151,7 @@ class Batch:
     chat: bool  # whether questions see those before them
     positions: torch.Tensor  # (batch, 1 + patches + text) of the language model
     answers: torch.Tensor  # (batch, text): the token that follows where it is asked for, IGNORED elsewhere
-    named: torch.Tensor  # (batch, text, 3): row, column and size of the only thing of the shape that a word names, or IGNORED
+    named: torch.Tensor  # (batch, text, 5): see ``naming``
     types: np.ndarray  # (batch, questions) of TYPES
     facts: dict[str, torch.Tensor]
     kinds: torch.Tensor
@@ -200,7 +205,7 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
     longest, chat = max(sum(map(len, row)) for row in rows), bool(rng.random() < CHAT)
     ids, block = np.zeros((len(rows), longest), int), np.full((len(rows), longest), -2)
     answers, places_of_text = np.full((len(rows), longest), IGNORED), np.zeros((len(rows), longest), int)
-    named = np.full((len(rows), longest, len(PLACE) + 1), IGNORED)
+    named = np.full((len(rows), longest, 5), IGNORED)
     for r, (row, questions) in enumerate(zip(rows, asked, strict=True)):
         at = 0
         for i, (tokens, question) in enumerate(zip(row, questions, strict=True)):
@@ -219,13 +224,17 @@ def assemble(scenes: list[Scene], asked: list[list], tokenizer, rng: np.random.G
 
 
 def naming(scene: Scene, text: str, corner: np.ndarray) -> np.ndarray:
-    """``(words, 3)``: row and column in the whole grid, and size, of the one thing that a word names, or IGNORED."""
+    """``(words, 5)``: row and column in the whole grid, and size, of the one thing that a word names, and by how many rows and
+    columns the one named before it lies farther down and right; or IGNORED."""
     words = text.replace("?", "").replace(",", "").split()
-    found = np.full((len(words), len(PLACE) + 1), IGNORED)
+    found, before = np.full((len(words), 5), IGNORED), None
     for i, word in enumerate(words):
         things = [thing for thing in scene.things if thing.shape == word]
         if len(things) == 1:
-            found[i] = corner[0] + things[0].y // CELL, corner[1] + things[0].x // CELL, size_of(things[0])
+            place = np.array([things[0].y // CELL, things[0].x // CELL])
+            found[i, :3] = *(corner + place), size_of(things[0])
+            found[i, 3:] = IGNORED if before is None else before - place
+            before = place
     return found
 
 
@@ -303,12 +312,14 @@ def losses(model, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1) | (block[:, None] >= 0 if batch.chat else False)
     causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
     middle: list[torch.Tensor] = []
-    hook = model.model.language_model.layers[HALF_WAY].register_forward_hook(lambda _m, _a, out: middle.append(out))
+    layers = model.model.language_model.layers
+    hooks = [layers[i].register_forward_hook(lambda _m, _a, out: middle.append(out[:, before:])) for i in (HALF_WAY, LATER)]
     hidden = model.model.language_model(
         inputs_embeds=hidden, attention_mask=(own & causal)[:, None], position_ids=batch.positions, use_cache=False
     ).last_hidden_state[:, before:]
-    hook.remove()
-    extra = extra + heads.naming(middle[0][:, before:], batch)
+    for hook in hooks:
+        hook.remove()
+    extra = extra + heads.naming(*middle, batch)
     asked = batch.answers != IGNORED
     logits, target = model.lm_head(hidden[asked].float()), batch.answers[asked]
     wrong = torch.zeros(len(batch.ids), batch.types.shape[1], dtype=torch.bool)
