@@ -27,6 +27,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Weights as float32, bfloat16, ...; by default as stored.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a local path, or a hub id.")]
+Seeing = Annotated[str, typer.Option("--model", "-m", help="A model that sees: the built-in one, a local path, or a hub id.")]
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -145,8 +146,8 @@ def compare(
 ) -> None:
     """Compare methods x budgets on a workload: quality, bytes, time and memory, each beside dense.
 
-    Without options: the built-in model finds facts in long real text, in about two minutes. A vision-language model answers
-    questions about rendered scenes, or about pictures of yours.
+    Without options: the built-in model finds facts in long real text, in about two minutes. With --model shapes: the built-in
+    model that sees answers questions about rendered scenes, in about as long. Other models that see answer these, too.
     Every finished cell is on disk at once: after Ctrl-C or a crash the same command goes on.
 
     \b
@@ -158,7 +159,8 @@ def compare(
     Examples:
       laconic compare
       laconic compare --methods tokenselect,h2o --budgets 64,5%,10%
-      laconic compare --model PATH_OR_HUB_ID --task pope --methods divprune,fastv --budgets 11.1%
+      laconic compare --model shapes
+      laconic compare --model shapes --task pope --methods divprune,fastv --budgets 11.1%
       laconic compare --model PATH_OR_HUB_ID --task mine.jsonl
       laconic compare --question after --output after-report
       laconic compare --task long_generation --max-new-tokens 2000 --budgets 128,256
@@ -371,7 +373,7 @@ def see(
         list[str] | None, typer.Option("--method", help="A recipe, such as divprune:10%; may be given several times.")
     ] = None,
     also: Annotated[list[str] | None, typer.Option("--also", help="Another picture of the same prompt.")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
+    model: Seeing = "shapes",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the pictures go: .png, or .html with scores.")] = Path(
         "laconic-see.png"
     ),
@@ -387,8 +389,8 @@ def see(
 
     \b
     Examples:
-      laconic see --model PATH_OR_HUB_ID
-      laconic see scene:4 "What colour is the star?" --model PATH_OR_HUB_ID --method divprune:5.6% --method fastv:11.1%
+      laconic see
+      laconic see scene:4 "What colour is the star?" --method divprune:5.6% --method fastv:11.1%
       laconic see photo.jpg "What is on the table?" --model PATH_OR_HUB_ID --method visionzip:10% --output table.html
       laconic see photo:coffee "What is on the table?" --model PATH_OR_HUB_ID
     """
@@ -621,7 +623,7 @@ def sinks(
 @explain.command()
 @guarded
 def horizon(
-    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
+    model: Seeing = "shapes",
     task: Annotated[str, typer.Option("--task", "-t", help="shapes_vqa, pope, or FILE.jsonl with pictures.")] = "shapes_vqa",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Questions to measure on.")] = 24,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Picture tokens sampled in each.")] = 16,
@@ -642,7 +644,7 @@ def horizon(
 
     \b
     Examples:
-      laconic explain horizon --model PATH_OR_HUB_ID
+      laconic explain horizon
       laconic explain horizon --model PATH_OR_HUB_ID --task mine.jsonl --samples 100 --form leave-one-out --json
     """
     from laconic.evaluation.workload import open_model, open_work
@@ -662,7 +664,7 @@ def horizon(
 @explain.command()
 @guarded
 def dominance(
-    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
+    model: Seeing = "shapes",
     task: Annotated[str, typer.Option("--task", "-t", help="shapes_vqa, pope, or FILE.jsonl with pictures.")] = "shapes_vqa",
     method: Annotated[
         list[str] | None, typer.Option("--method", help="A recipe beside dense, divprune:10%; may be given several times.")
@@ -682,8 +684,8 @@ def dominance(
 
     \b
     Examples:
-      laconic explain dominance --model PATH_OR_HUB_ID
-      laconic explain dominance --model PATH_OR_HUB_ID --method divprune:50% --method divprune:25% --method divprune:10%
+      laconic explain dominance
+      laconic explain dominance --method divprune:50% --method divprune:25% --method divprune:10%
     """
     from laconic.evaluation.workload import open_model, open_work
     from laconic.explain.dominance import dominance_table, summary, text_dominance
@@ -703,7 +705,7 @@ def dominance(
 def relevance(
     image: Annotated[str, typer.Argument(help="As in laconic see: a picture, scene:N or photo:NAME.")] = "scene:0",
     question: Annotated[str | None, typer.Argument(help="What to ask about it; of a scene, by default its own question.")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="A vision-language model: a local path or a hub id.")] = ...,
+    model: Seeing = "shapes",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("laconic-relevance.png"),
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 8,
     device: Device = None,
@@ -718,7 +720,7 @@ def relevance(
 
     \b
     Examples:
-      laconic explain relevance --model PATH_OR_HUB_ID
+      laconic explain relevance
       laconic explain relevance photo.jpg "What is on the table?" --model PATH_OR_HUB_ID --output table.png
     """
     from laconic.evaluation.workload import open_model

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_see import folder  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
 import laconic
@@ -32,7 +31,7 @@ def test_a_photo_is_a_picture_with_something_on_it(name: str) -> None:
 
 
 @needs_photos
-def test_two_photos_in_one_prompt_are_seen_and_shortened(folder: str, tmp_path: Path) -> None:  # noqa: F811
+def test_two_photos_in_one_prompt_are_seen_and_shortened(folder: str, tmp_path: Path) -> None:
     output = tmp_path / "seen.png"
     arguments = ["see", "photo:coffee", "what is this ?", "--also", "photo:cat", "--model", folder, "--method", "divprune:10%"]
     result = runner.invoke(app, [*arguments, "--output", str(output), "--max-new-tokens", "2", "--json"])
@@ -48,7 +47,7 @@ def test_a_picture_is_named_by_its_kind_or_its_path() -> None:
     assert question and scene.render().size == (336, 336)
 
 
-def test_an_unknown_photo_lists_those_there_are(folder: str) -> None:  # noqa: F811
+def test_an_unknown_photo_lists_those_there_are(folder: str) -> None:
     for name in ("", "teapot"):
         with pytest.raises(laconic.LaconicError, match=r"no photo .*choose one of astronaut, camera, cat, .*rocket"):
             photo_path(name)
@@ -59,7 +58,7 @@ def test_an_unknown_photo_lists_those_there_are(folder: str) -> None:  # noqa: F
 @pytest.mark.parametrize("name", ["coffee", "china"])
 def test_a_missing_package_is_named_with_its_extra(
     name: str,
-    folder: str,  # noqa: F811
+    folder: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("laconic.vision.photos.find_spec", lambda _: None)
