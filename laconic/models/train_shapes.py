@@ -32,7 +32,7 @@ from laconic.models.shapes_processor import make_processor, vocabulary
 STAGES = ((56, 2, 64), (84, 3, 64), (112, 3, 36), (140, 4, 24), (168, 5, 16), (224, 5, 9), (280, 6, 6), (SIDE, 8, 4))
 ALONE = ((0.08, (SIDE // 2, 9, 8)), (0.13, (SIDE, 16, 2)))  # share of the time up to which the encoder learns alone, and on what
 PASS = 0.8  # share of right answers to every type of question that opens the next stage
-LATEST = 0.7  # share of the time by which the last stage begins in any case
+LATEST = 0.85  # share of the time by which the last stage begins in any case
 # about each scene: what takes longest, most
 ASKED = (*TYPES, "comparison", "count", "position", "comparison", "count", "comparison")
 RATE, RATE_ALONE = 1e-3, 2e-3
