@@ -131,7 +131,7 @@ def _view(model: torch.nn.Module, reader: Any, inputs: dict[str, Any], recipe: R
 
     clock = Clock(None)
     with apply(model, recipe) as handle, torch.inference_mode():
-        model(**inputs)  # what is compiled at the first call is not timed
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)  # what is compiled at the first call is not timed
         ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False, streamer=clock)
         stats = handle.stats()
         model(**inputs)
