@@ -43,8 +43,8 @@ def measure(model: torch.nn.Module, pictures: int, warmup: int, say: Say) -> dic
 
     ``language_ms`` is the language model alone. ``whole_ms``: what the whole model of LAYERS layers would take by it: the encoder
     and the choice once, the layers as often as there are more of them. ``overhead``: what a choice costs beyond the cheapest, as
-    a share of what that saves in the whole model. Methods between the layers keep more in the first ones, which are a larger share
-    of the slice than of the whole: their ``whole_ms`` is too high, and their overhead without meaning.
+    a share of what that saves in the whole model. Methods between the layers keep more in the first ones, a larger share of
+    the slice than of the whole: their ``whole_ms`` is too high, and their overhead without meaning.
     """
     batch, inside = prompt(model, pictures), {}
     spent: dict[str, list[float]] = {name: [] for name in ("stock", *BEFORE, *INSIDE)}
