@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -113,6 +115,26 @@ def build(family: str, seed: int = 0) -> Any:
             elif "embed" in name or "newline" in name or name.endswith("mm_input_projection_weight"):
                 weight.normal_(0.0, 0.5)
     return model
+
+
+@contextlib.contextmanager
+def eager(family: str) -> Iterator[Any]:
+    """The stock model with eager attention, which gives whole maps."""
+    model = build(family)
+    before = [(part, part._attn_implementation) for part in (model.config, model.config.get_text_config())]
+    for part, _ in before:
+        part._attn_implementation = "eager"
+    try:
+        yield model
+    finally:
+        for part, implementation in before:
+            part._attn_implementation = implementation
+
+
+def maps(family: str, x: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The stock model's attention per layer, ``(batch, heads, n, n)``."""
+    with eager(family) as model, torch.no_grad():
+        return list(model(**x, output_attentions=True).attentions)
 
 
 def inputs(

@@ -58,12 +58,12 @@ class Thinning:
         self._full: torch.Tensor | None = None
         self._order: torch.Tensor | None = None
         self._flow: Flow | None = None
+        self._number = 0  # of the running block
         self._hooks: list[Any] = []
         self._modules: list[torch.nn.Module] = []
         for number, block in enumerate(find_blocks(tower)):
-            self._hooks.append(block.register_forward_pre_hook(self._before, with_kwargs=True))
-            put_back = functools.partial(self._after, number)
-            self._hooks.append(block.register_forward_hook(put_back, prepend=True))  # ahead of whatever records hidden states
+            self._hooks.append(block.register_forward_pre_hook(functools.partial(self._before, number), with_kwargs=True))
+            self._hooks.append(block.register_forward_hook(self._after, prepend=True))  # ahead of what records hidden states
             for module in block.modules():
                 module.__dict__["_laconic_thinning"] = self
                 self._modules.append(module)
@@ -85,7 +85,8 @@ class Thinning:
         Gives the ``mask`` of that attention without what only fills up short rows.
         """
         there = self._there(query)
-        self._flow = self._measure(query, key, value, scale, there)
+        if self._number < self.last:  # nothing leaves later
+            self._flow = self._measure(query, key, value, scale, there)
         if bool(there.all()):
             return mask
         there = there[:, None, None]
@@ -107,9 +108,11 @@ class Thinning:
             return torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
         return self._order >= 0
 
-    def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _before(
+        self, number: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self._full = hidden
+        self._full, self._number = hidden, number
         if self.alive is None:
             self.alive = torch.ones(len(hidden), hidden.shape[1] - int(self.trace.has_class), dtype=torch.bool)
             self.alive = self.alive.to(hidden.device)
@@ -124,15 +127,15 @@ class Thinning:
         mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         return (short,), {**{k: v for k, v in kwargs.items() if k != "hidden_states"}, "attention_mask": mask}
 
-    def _after(self, number: int, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+    def _after(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         if self._order is not None:
             row, at = (self._order >= 0).nonzero(as_tuple=True)
             whole = self._full.clone()
             whole[row, self._order[row, at]] = hidden[row, at]
             hidden = whole
-        if number < self.last:
-            self._update(self.last - 1 - number)
+        if self._number < self.last:
+            self._update(self.last - 1 - self._number)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _update(self, blocks: int) -> None:

@@ -46,21 +46,14 @@ def test_groups_of_layers() -> None:
 
 def maps(family: str, x: dict[str, torch.Tensor], answer: list[int]) -> torch.Tensor:
     """The stock model's attention of the rows that the answer is read from, mean over heads, ``(layers, answer, n)``."""
-    model, more = vlm.build(family), torch.tensor([answer[:-1]])
+    more = torch.tensor([answer[:-1]])
     count = x["input_ids"].shape[1]
     extra = {"input_ids": more, "attention_mask": torch.ones_like(more)}
     given = {
         name: torch.cat([value, extra.get(name, torch.zeros_like(more))], 1) if value.shape == (1, count) else value
         for name, value in x.items()
     }
-    before = [(c, c._attn_implementation) for c in (model.config, model.config.get_text_config())]
-    for config, _ in before:
-        config._attn_implementation = "eager"
-    with torch.no_grad():
-        found = model(**given, output_attentions=True).attentions
-    for config, implementation in before:
-        config._attn_implementation = implementation
-    return torch.stack([a[0].mean(0)[-len(answer) :] for a in found])
+    return torch.stack([a[0].mean(0)[-len(answer) :] for a in vlm.maps(family, given)])
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])

@@ -32,18 +32,13 @@ def masked(family: str, first: int, gone: torch.Tensor) -> Iterator[None]:
         mask[..., gone] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return args, {**kwargs, "attention_mask": mask}
 
-    model = vlm.build(family)
-    before = [(c, c._attn_implementation) for c in (model.config, model.config.get_text_config())]
-    for config, _ in before:
-        config._attn_implementation = "eager"
-    hooks = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in decoder_layers(model)[first:]]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for config, implementation in before:
-            config._attn_implementation = implementation
+    with vlm.eager(family) as model:
+        hooks = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in decoder_layers(model)[first:]]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def by_masks(family: str, x: dict[str, torch.Tensor], first: int, gone: torch.Tensor, answer: torch.Tensor = ANSWER) -> float:

@@ -15,19 +15,6 @@ from laconic.layers import decoder_layers
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "gemma3", "paligemma")
 
 
-def maps(family: str, x: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The stock model's attention per layer, ``(batch, heads, n, n)``."""
-    model = vlm.build(family)
-    before = [(c, c._attn_implementation) for c in (model.config, model.config.get_text_config())]
-    for config, _ in before:
-        config._attn_implementation = "eager"
-    with torch.no_grad():
-        found = model(**x, output_attentions=True).attentions
-    for config, implementation in before:
-        config._attn_implementation = implementation
-    return list(found)
-
-
 def first_layer(family: str, recipe: str, x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the first layer's attention puts out, ``(n, heads, head_dim)``, and its values ``(kv_heads, n, head_dim)``."""
     model, got = vlm.build(family), {}
@@ -43,7 +30,7 @@ def first_layer(family: str, recipe: str, x: dict[str, torch.Tensor]) -> tuple[t
 @pytest.mark.parametrize("family", FAMILIES)
 def test_words_lose_the_columns_of_lowest_focus_and_nothing_else_changes(family: str, share: float) -> None:
     x = vlm.inputs(family, (1 if family == "gemma3" else 2,))  # whose cache is to hold what is behind its window too
-    dense = maps(family, x)[0][0]
+    dense = vlm.maps(family, x)[0][0]
     with laconic.apply(vlm.build(family), "cmai") as handle, torch.no_grad():
         vlm.build(family)(**x)
         marks = torch.cat([picture.layout.separators for picture in handle.entry.pictures])

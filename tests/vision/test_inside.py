@@ -18,15 +18,7 @@ from laconic.vision.transprune import transition
 
 def maps(family: str, x: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """The stock model's attention per layer, mean over heads, ``(batch, n, n)``."""
-    model = vlm.build(family)
-    before = [(c, c._attn_implementation) for c in (model.config, model.config.get_text_config())]
-    for config, _ in before:
-        config._attn_implementation = "eager"
-    with torch.no_grad():
-        found = [a.mean(1) for a in model(**x, output_attentions=True).attentions]
-    for config, implementation in before:
-        config._attn_implementation = implementation
-    return found
+    return [layer.mean(1) for layer in vlm.maps(family, x)]
 
 
 def held(family: str, recipe: str, x: dict[str, torch.Tensor]) -> list[list[int]]:

@@ -33,14 +33,8 @@ class Stock:
 
 
 def stock(family: str, x: dict[str, torch.Tensor]) -> Stock:
-    model = vlm.build(family)
-    before = [(c, c._attn_implementation) for c in (model.config, model.config.get_text_config())]
-    for config, _ in before:
-        config._attn_implementation = "eager"
-    with torch.no_grad():
+    with vlm.eager(family) as model, torch.no_grad():
         out = model(**x, output_attentions=True, output_hidden_states=True)
-    for config, implementation in before:
-        config._attn_implementation = implementation
     with laconic.apply(model, "dense") as handle, torch.no_grad():  # whose cache holds what is behind a window too
         model(**x)
         keys = handle.latest.layers[0].keys[0].mean(0)
