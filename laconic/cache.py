@@ -16,6 +16,7 @@ from laconic.kernels.ragged import Ragged, dense
 from laconic.primitives.select import marked
 
 if TYPE_CHECKING:
+    from laconic.attention.branches import Branches
     from laconic.attention.engine import Policy
     from laconic.attention.rope import Rope
 
@@ -68,6 +69,7 @@ class Request:
             words, ``OTHER`` for separators; None where the running forward brings no picture, or nobody asked.
         looked: the :class:`laconic.vision.picture.Picture` of that forward, by number.
         layers: the layers of the cache.
+        branches: says that the running forward is of a draft tree, and who sees whom in it; None for a text.
         count: how many tokens came in, where fewer reach the first layer: what is left of ``positions`` is then theirs.
         figures: per layer, what the last forward kept and read (see ``Policy``).
         memory: what methods hand from layer to layer (a selection that deeper layers use again, scores that add up over
@@ -81,6 +83,7 @@ class Request:
         self.onward: torch.Tensor | None = None
         self.living: torch.Tensor | None = None
         self.into: torch.Tensor | None = None
+        self.branches: Branches | None = None
         self.count: int | None = None
         self.pictures: torch.Tensor | None = None
         self.looked: list[Any] = []
@@ -90,6 +93,8 @@ class Request:
 
     def take(self, batch: int, count: int, seen: int, device: torch.device) -> torch.Tensor:
         """Positions ``(batch, count)``; without word from the model's caller, the tokens follow what was seen."""
+        if self.branches is not None:
+            return self.branches.positions.to(device)
         if self.living is not None:
             return self.living.to(device)
         if self.positions is not None and self.positions.shape == (batch, count):
@@ -112,6 +117,9 @@ class KVLayer(CacheLayerMixin):
             written; see ``renumber``. Gone as soon as entries are evicted.
         slots: selections that a method wants to use again, int64 ``(batch, heads, k)``. They follow reordering and the
             passing of a sliding window, and are forgotten when entries are evicted or cropped.
+        branches: what was remembered after each node of a draft that is not settled yet, where nodes choose for themselves.
+        gaps: empty slots among the entries, the same number or more in every row, that a batch left when its rows accepted
+            different numbers of tokens; see ``settle``.
     """
 
     is_compileable = False
@@ -138,6 +146,9 @@ class KVLayer(CacheLayerMixin):
         self._index: KeyIndex | None = None
         self._blocks: dict[tuple[int, str], KeyBlocks] = {}
         self.turned: torch.Tensor | None = None
+        self.branches: dict[int, Any] = {}
+        self.gaps: torch.Tensor | None = None
+        self._last: torch.Tensor | None = None  # position of the newest token after a crop, which may be of one that was evicted
         self.is_initialized = False
 
     # --- what transformers calls -------------------------------------------------------------------------------------
@@ -150,6 +161,7 @@ class KVLayer(CacheLayerMixin):
         positions = self.request.take(batch, count, self.seen, key_states.device)[:, None]
         self.padded = self.padded or bool((positions[:, :, 0] < 0).any())
         came = self.request.positions if self.request.living is not None else key_states[:, 0]
+        self._last = None
         self.seen += self.request.count or came.shape[1]
         if self._keys is None:
             self._keys, self._values = Buffer(key_states, self.reserve), Buffer(value_states, self.reserve)
@@ -187,7 +199,7 @@ class KVLayer(CacheLayerMixin):
             buffer.rows(beam_idx)
         self.memory = {name: _rows(value, beam_idx) for name, value in self.memory.items()}
         self.slots = {name: _rows(value, beam_idx) for name, value in self.slots.items()}
-        self.rest = _rows(self.rest, beam_idx)
+        self.rest, self.gaps, self._last = (_rows(part, beam_idx) for part in (self.rest, self.gaps, self._last))
         self._index = None
         self._blocks = {}
 
@@ -206,7 +218,7 @@ class KVLayer(CacheLayerMixin):
         if not 0 < count <= self.seen:
             raise LaconicError(f"The cache holds {self.seen} tokens: give how many to remove as a negative number, not {-count}.")
         positions = self._positions.view()
-        last = positions.amax(dim=(1, 2), keepdim=True)
+        last = positions.amax(dim=(1, 2), keepdim=True) if self._last is None else self._last
         gone = positions > last - count  # fewer where some were evicted, or never came in
         if self.n - int(gone.sum(-1).max()) < self.passed:
             raise LaconicError("A sliding window has moved on and cannot go back: call cache.activate_past_recording() first.")
@@ -220,8 +232,66 @@ class KVLayer(CacheLayerMixin):
             order = order[..., int(gone.sum(-1).min()) :]
             self._keep(order.masked_fill(take(gone, order) | (take(positions, order) < 0), -1))
         self.seen -= count
+        self._last = last - count
         self.memory = {name: value for name, value in self.memory.items() if name == "prompt"}  # shares stay what they were
         self._outdate()
+
+    def settle(self, path: torch.Tensor, count: int, *, moved: bool = True) -> None:
+        """Of the newest ``count`` entries, a draft, only those at ``path`` stay, in the order of their text.
+
+        Args:
+            path: int64 ``(batch, k)``, which of them, ascending, -1 behind the last. Rows with fewer get empty slots behind them,
+                which all attention but that of drafts expects in front: see ``close_gaps``.
+            moved: whether any of them has to move.
+        """
+        base, kept = self.n - count, path.shape[1]
+        self._catch_up_to(base)
+        if self.branches:
+            self.set_state(self.branches[int(path[0].amax())])
+        target = torch.arange(base, base + kept, device=path.device).expand(len(path), self.heads, -1)
+        source = (base + path.clamp(min=0))[:, None].expand(-1, self.heads, -1)
+        for buffer in self._buffers():
+            if moved and buffer.n > base:
+                heads = buffer.view().shape[1]
+                buffer.shift(source[:, :heads], target[:, :heads])
+            buffer.crop(min(buffer.n, base + kept))
+        empty = path < 0
+        if moved and bool(empty.any()):
+            self._positions.view()[:, :, base:].masked_fill_(empty[:, None], EMPTY)
+            self.padded = True
+            self.gaps = empty.sum(-1) + (0 if self.gaps is None else self.gaps)
+        self.seen += kept - count
+        self.branches = {}
+
+    def close_gaps(self) -> None:
+        """Moves the empty slots that ``settle`` left to the front, where all are expected."""
+        if self.gaps is not None:
+            self._close_gaps(self.n)
+            self.gaps = None
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What is remembered besides the entries. Tensors are not copied: nobody changes them in place."""
+        return dict(self.memory), dict(self.slots)
+
+    def set_state(self, state: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> None:
+        self.memory, self.slots = dict(state[0]), dict(state[1])
+
+    def set_aside(self, base: int) -> tuple[torch.Tensor, ...]:
+        """Takes the entries from slot ``base`` on out and gives back their keys, values and positions; see ``put_back``."""
+        tail = tuple(t[:, :, base:].clone() for t in (dense(self.keys), dense(self.values), self.shared_positions))
+        self.cut(base)
+        return tail
+
+    def put_back(self, tail: tuple[torch.Tensor, ...], index: torch.Tensor) -> None:
+        """Appends those at ``index`` (k,) of the entries that were set aside."""
+        for buffer, entries in zip((self._keys, self._values, self._positions), tail, strict=True):
+            buffer.append(entries[:, :, index])
+
+    def cut(self, base: int) -> None:
+        """Forgets the entries from slot ``base`` on, but not what methods remember."""
+        self._catch_up_to(base)
+        for buffer in self._buffers():
+            buffer.crop(min(buffer.n, base))
 
     def offload(self) -> None:
         raise LaconicError("Offloading is not supported inside laconic.apply: leave cache_implementation unset.")
@@ -429,6 +499,7 @@ class KVLayer(CacheLayerMixin):
         twin.rope, twin.recording = self.rope, self.recording
         twin.seen, twin.padded, twin.passed = self.seen, self.padded, self.passed
         twin.is_initialized = self.is_initialized
+        twin.gaps, twin._last, twin.branches = self.gaps, self._last, dict(self.branches)
         if self._keys is not None:
             twin._keys, twin._values, twin._positions = self._keys.copy(), self._values.copy(), self._positions.copy()
             twin.tracks = {name: buffer.copy() for name, buffer in self.tracks.items()}
@@ -443,6 +514,12 @@ class KVLayer(CacheLayerMixin):
             _ = self.raw_keys
         if self._index is not None:
             self.key_index()
+
+    def _catch_up_to(self, base: int) -> None:
+        """Forgets 8-bit keys and blocks of the entries from slot ``base`` on, which are about to move or go."""
+        if self._index is not None:
+            self._index.crop(base)
+        self._blocks = {key: blocks for key, blocks in self._blocks.items() if blocks.n <= base}
 
     def _outdate(self) -> None:
         """Forgets what was made of entries that have moved."""
@@ -509,6 +586,24 @@ class KVCache(Cache):
         super().crop(tokens_to_remove)
         memory = self.request.memory
         self.request.memory = {name: v.cropped(-tokens_to_remove) for name, v in memory.items() if hasattr(v, "cropped")}
+
+    def settle(self, path: torch.Tensor, count: int) -> None:
+        """Keeps of a draft's ``count`` entries in every layer those at ``path`` (batch, k); see ``KVLayer.settle``.
+
+        Where rows accept different numbers, empty slots stay behind until a quarter of the slots is empty in every row: moving
+        all entries at every step would cost more than reading past them.
+        """
+        self.request.branches = None
+        moved = bool((path != torch.arange(path.shape[1], device=path.device)).any())
+        for layer in self.layers:
+            layer.settle(path, count, moved=moved)
+        gaps = self.layers[0].gaps
+        if gaps is not None and int(gaps.min()) > max(64, self.layers[0].n // 4):
+            self.close_gaps()
+
+    def close_gaps(self) -> None:
+        for layer in self.layers:
+            layer.close_gaps()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._reorder_memory(beam_idx)

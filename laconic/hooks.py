@@ -176,11 +176,12 @@ class Handle:
         changes: dict[str, Any] = {}
         if cache is None:
             cache = KVCache(self._layers, reserve=self.reserve)
-            changes[_cache_name(self.model)] = cache
+            changes[cache_name(self.model)] = cache
         elif not isinstance(cache, KVCache):
             _take_over(cache, self._layers, self.reserve, arguments.get("attention_mask"))
         self._adopt(cache)
-        cache.request.positions = _positions(arguments, cache.get_seq_length())
+        branches = cache.request.branches
+        cache.request.positions = _positions(arguments, cache.get_seq_length()) if branches is None else branches.positions
         if self.entry is not None:
             self.entry.start(cache.request, arguments)
         for part in (self._shrinker, self._watch, self._neurons):
@@ -256,7 +257,7 @@ def _restore(model: torch.nn.Module) -> None:
         config._attn_implementation = implementation
 
 
-def _cache_name(model: torch.nn.Module) -> str:
+def cache_name(model: torch.nn.Module) -> str:
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
 

@@ -43,6 +43,7 @@ class ActQKV(ReadMethod):
     paper: ClassVar[str] = "Activation-aware Probe-Query: Effective Key-Value Retrieval for Long-Context LLMs Inference (2025)"
     claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("quest"))
     reads_chunks: ClassVar[bool] = True
+    branches: ClassVar[bool] = False
 
     recent: int = parameter(32, "newest tokens that are always read; the original has 512", least=0)
     block: int = parameter(32, "tokens per block", least=1)

@@ -58,6 +58,7 @@ class AttentionMethod(Method):
 
     stage: ClassVar[str] = "attention"
     claims: ClassVar[tuple[Claim, ...]] = (Claim("random"), Claim("streaming"))  # what any score must be better than
+    branches: ClassVar[bool] = True  # whether a step depends on nothing but its own layer and the steps before it there
     shortens: ClassVar[bool] = False  # whether it takes tokens out of what deeper layers compute (Request.onward)
 
     def quota(self, layer: KVLayer, call: Call) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call, EvictMethod, ReweightMethod
+from laconic.attention.branches import branch_attention, each_branch
 from laconic.attention.prefill import prefill_attention
 from laconic.attention.reweight import reweighted_chunk, reweighted_step
 from laconic.buffers import locate, take
@@ -78,6 +79,31 @@ class Policy:
 
     def attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Output ``(batch, heads, new, head_dim)``; afterwards the layer holds what the methods keep."""
+        branches = layer.request.branches
+        if branches is None:
+            return self._attend(layer, call)
+        if self.reader is not None or self.reweighter is not None:
+            return each_branch(layer, call, branches, self._attend)
+        layer.request.figures[layer.index] = {
+            "kept": layer.entries, "bytes_kept": layer.bytes_kept, "bytes_read": self._bytes_read(layer, None),
+            "dropped_mass": None, "pairs": None,
+        }  # fmt: skip
+        return branch_attention(layer, call, branches)
+
+    def refuse_drafts(self, batch: int) -> None:
+        """Raises LaconicError where a draft cannot be undone in what the methods remember."""
+        step = Call(torch.empty(1, 1, 1, 1), 1.0)
+        for method in self.evictors:
+            method.require(not method.evicts(step), "it evicts in every step, which a rejected draft cannot undo: add once=true.")
+        for method in (self.attending, self.compacting):
+            if method is not None:
+                raise LaconicError(f"{method.id} attends to a text in its own way, so nothing can be drafted: leave it out.")
+        for method in (self.reader, self.reweighter):
+            if method is not None:
+                method.require(method.branches, "its steps hang together over layers, so drafts cannot be checked: leave it out.")
+                method.require(batch == 1, "every draft chooses what it reads, for one prompt at a time: give a single prompt.")
+
+    def _attend(self, layer: KVLayer, call: Call) -> torch.Tensor:
         if not call.decoding or "prompt" not in layer.memory:
             layer.memory["prompt"] = layer.lengths.clone()  # what shares are taken of
         written, call = call, self._placed(layer, call)

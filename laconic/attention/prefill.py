@@ -99,7 +99,7 @@ def sparse_prefill_attention(
             visible = visible.expand(-1, kv_heads, -1, -1)
         part = (grouped[..., begin:end, :], take(keys, slots), take(values, slots), visible[:, :, None])
         flat = (t.flatten(0, 1) for t in part)  # as the fused kernel wants it
-        output[..., begin:end, :] = _masked(*flat, scale, softcap).unflatten(0, (batch, kv_heads))
+        output[..., begin:end, :] = masked_attention(*flat, scale, softcap).unflatten(0, (batch, kv_heads))
     return output.view(batch, heads, rows, -1), float((chosen / pairs.clamp(min=1)).mean())
 
 
@@ -111,7 +111,7 @@ def _visible_entries(positions: torch.Tensor, own: torch.Tensor, first: torch.Te
     return ((last - low) * (own >= 0)).sum(-1)
 
 
-def _masked(
+def masked_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -169,4 +169,4 @@ def _block(
         visible = visible & (at[:, None] > own - window)
     visible = visible & (own >= 0)  # (1 or kv_heads, rows, slots)
     bias = None if bias is None else bias[:, None, None, start:stop]
-    return _masked(query, keys[:, start:stop], values[:, start:stop], visible[:, None], scale, softcap, bias)
+    return masked_attention(query, keys[:, start:stop], values[:, start:stop], visible[:, None], scale, softcap, bias)

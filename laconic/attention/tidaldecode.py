@@ -34,6 +34,7 @@ class TidalDecode(ReadMethod):
     id: ClassVar[str] = "tidaldecode"
     paper: ClassVar[str] = "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention (2024)"
     claims: ClassVar[tuple[Claim, ...]] = (*AttentionMethod.claims, Claim("quest"))
+    branches: ClassVar[bool] = False
 
     sinks: int = parameter(0, "first tokens that are always read", least=0)
     recent: int = parameter(1, "newest tokens that are always read", least=1)

@@ -35,6 +35,10 @@ class KeyIndex:
         codes = ((keys / scales[..., None]).round() + ZERO).to(torch.uint8)
         self._write(codes.unflatten(-1, (-1, QUAD)), scales)
 
+    def crop(self, n: int) -> None:
+        """Forgets all but the first ``n`` entries."""
+        self.n = min(self.n, n)
+
     def keep(self, slots: torch.Tensor) -> None:
         """Forgets all but ``slots``, int64 ``(batch, kv_heads or 1, kept)``; what stands at -1 does not matter."""
         batch, heads = self.scales.shape[:2]

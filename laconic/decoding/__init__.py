@@ -1,0 +1,1 @@
+"""Fewer forwards: drafting and verification, parallel and diffusion decoding, controlled sampling."""

@@ -1,0 +1,221 @@
+"""The loop: propose a tree, run the model once, verify, keep what was accepted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from laconic.decoding.base import Drafter, DraftMethod, Setting, Step
+from laconic.decoding.runner import Runner
+from laconic.decoding.sampling import Sampling, Text
+from laconic.decoding.tree import DraftTree
+from laconic.decoding.verify import Verdict, k_seq, match, rejection, typical
+from laconic.errors import LaconicError
+from laconic.hooks import Handle, apply
+from laconic.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step, for whoever watches: of each row the drafted tokens, their parents, the accepted nodes, and what is new."""
+
+    tokens: list[list[int]]
+    parents: list[list[int]]
+    accepted: list[list[int]]
+    new: list[list[int]]
+
+
+@dataclass
+class Decoded:
+    """What ``decode`` made.
+
+    Attributes:
+        rows: new tokens of each row, without what follows the end.
+        forwards: of the target model, the prompt's included; nodes: tokens that the others computed.
+        accepted: how often 0, 1, 2, ... drafted tokens of a row were accepted in a forward.
+        prefill_s: time to the first new token; decode_s: of everything after it.
+        draft_s: of it, spent on proposing; draft_bytes: memory of the drafter.
+        stats: the cache's figures, see ``Handle.stats``.
+        drafter: what knows what the run has taught it, for a hot start of the next one.
+    """
+
+    rows: list[list[int]]
+    forwards: int = 0
+    nodes: int = 0
+    accepted: list[int] = field(default_factory=list)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    draft_s: float = 0.0
+    draft_bytes: int = 0
+    stats: dict[str, Any] = field(default_factory=dict)
+    drafter: Drafter | None = None
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """New tokens of a row per forward after the prompt's; the first token is the prompt's own."""
+        steps = sum(self.accepted)
+        return (steps + sum(count * times for count, times in enumerate(self.accepted))) / steps if steps else None
+
+
+def decode(
+    model: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    recipe: Any = "dense",
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    seed: int | torch.Generator = 0,
+    ends: Sequence[int] = (),
+    stop: Callable[[int, list[int]], bool] | None = None,
+    watch: Callable[[Progress], None] | None = None,
+    drafter: Drafter | None = None,
+) -> Decoded:
+    """Continues prompts, with what a recipe drafts.
+
+    Args:
+        inputs: ``input_ids`` and, for prompts of different lengths, ``attention_mask`` (batch, n), padded on the left.
+        recipe: methods of the cache, and at most one that drafts.
+        sampling: by default greedy.
+        seed: or a generator, for sampling.
+        ends: tokens that end a text, kept as its last.
+        stop: says of a row and its new tokens whether it is finished.
+        watch: told of every step.
+        drafter: of an earlier run, to go on with what it knows (a hot start); by default the recipe's, new.
+
+    Raises:
+        LaconicError: where the methods do not fit together or the model.
+    """
+    recipe = Recipe.parse(recipe)
+    method = drafting(recipe)
+    rest = tuple(m for m in recipe.methods if m is not method)
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator(model.device).manual_seed(seed)
+    with torch.inference_mode(), apply(model, Recipe(rest) if rest else "dense") as handle:
+        run = _Run(handle, inputs, method, sampling or Sampling(), generator, drafter)
+        return run(max_new_tokens, frozenset(ends), stop, watch)
+
+
+def drafting(recipe: Recipe) -> DraftMethod | None:
+    """The method of a recipe that drafts."""
+    found = [m for m in recipe.methods if isinstance(m, DraftMethod)]
+    if len(found) > 1:
+        raise LaconicError(f"{' and '.join(m.id for m in found)} both draft: keep one of them.")
+    return found[0] if found else None
+
+
+class _Run:
+    def __init__(
+        self, handle: Handle, inputs: dict[str, Any], method: DraftMethod | None, sampling: Sampling, generator: torch.Generator,
+        drafter: Drafter | None,
+    ) -> None:  # fmt: skip
+        self.handle, self.inputs, self.method, self.sampling, self.generator = handle, dict(inputs), method, sampling, generator
+        self.runner = Runner(handle, hidden=method is not None and method.hidden)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        rows = ids.tolist()
+        if mask is not None:
+            rows = [[i for i, real in zip(row, keep, strict=True) if real] for row, keep in zip(rows, mask.tolist(), strict=True)]
+        if not all(rows):
+            raise LaconicError("The prompt is empty: give at least one token.")
+        self.text, self.drafter = Text(rows), drafter
+        if method is not None:
+            handle.policy.refuse_drafts(len(rows))
+        self.device = ids.device
+
+    def __call__(self, most: int, ends: frozenset[int], stop: Any, watch: Any) -> Decoded:
+        begun = time.perf_counter()
+        self.most, self.ends, self.stop, self.watch = most, ends, stop, watch
+        self.result = Decoded([[] for _ in self.text.rows])
+        output = self.runner.prefill(self.inputs)
+        root = DraftTree.chain(self.text.roots(self.device)[:, None])
+        scores = self.sampling.scores(output.logits[:, -1:], self.text, root)
+        first = self.sampling.choose(scores, self.generator)[:, 0].tolist()
+        self._write([[token] for token in first], root, None)
+        self.result.prefill_s = time.perf_counter() - begun
+        if self.method is not None and self.drafter is None:
+            setting = Setting(self.handle.model, self.text, self.sampling, self.generator, output, self.inputs)
+            self.drafter = self.method.drafter(setting)
+        while not all(self.text.done):
+            self._step()
+        return self._finish(begun)
+
+    def _step(self) -> None:
+        begun, room = time.perf_counter(), self._room()
+        plain = DraftTree.chain(self.text.roots()[:, None])
+        tree = self.drafter.propose(self.text, room) if self.drafter is not None and room > 0 else plain
+        self.result.draft_s += time.perf_counter() - begun
+        tokens = tree.tokens.to(self.device)
+        output = self.runner.run(tokens, tree.shape) if tree.nodes > 1 else self.runner.step(tokens[:, 0])
+        tree = DraftTree(tokens, tree.shape.to(self.device), tree.laws, tree.drafts)
+        scores = self.sampling.scores(output.logits, self.text, tree)
+        verdict = self._verify(tree, scores)
+        path = verdict.path.cpu()
+        path = path[:, : int((path >= 0).sum(-1).max())]
+        if tree.nodes > 1:
+            self.runner.settle(path)
+        drafted = tree.tokens.cpu().gather(1, path.clamp(min=0)).tolist()
+        kept, last = (path >= 0).sum(-1).tolist(), verdict.token.tolist()
+        new = [[*row[1:count], token] for row, count, token in zip(drafted, kept, last, strict=True)]
+        for row, count in enumerate(kept):
+            if not self.text.done[row]:
+                self.result.accepted += [0] * (count - len(self.result.accepted))
+                self.result.accepted[count - 1] += 1
+        self._write(new, tree, path)
+        if self.drafter is not None:
+            begun = time.perf_counter()
+            self.drafter.observe(Step(tree, output, scores, verdict), self.text)
+            self.result.draft_s += time.perf_counter() - begun
+
+    def _room(self) -> int:
+        """How deep a draft may reach: no further than the longest text still to be written, and than the model's positions."""
+        rows = [row for row, done in enumerate(self.text.done) if not done]
+        room = max(self.most - self.text.written(row) for row in rows) - 1
+        if self.runner.limit is not None:
+            room = min(room, self.runner.limit - 1 - int(self.runner.lengths.max()))
+        return room
+
+    def _verify(self, tree: DraftTree, scores: torch.Tensor) -> Verdict:
+        name = self.method.verifier if self.method is not None and tree.nodes > 1 else "match"
+        if name == "typical":
+            law = self.sampling.soft(scores, self.sampling.temperature or 1.0)
+            return typical(tree, law, self.sampling.choose(scores, self.generator))
+        if self.sampling.greedy or name == "match":
+            return match(tree, self.sampling.choose(scores, self.generator))
+        check = {"rejection": rejection, "k_seq": k_seq}[name]
+        return check(tree, self.sampling.law(scores), self.generator)
+
+    def _write(self, new: list[list[int]], tree: DraftTree, path: torch.Tensor | None) -> None:
+        """Appends new tokens to the texts that are not finished, up to their end."""
+        for row, tokens in enumerate(new):
+            if self.text.done[row]:
+                self.text.rows[row].append(tokens[-1])  # what a finished row's next forward is fed with; nobody reads it
+                new[row] = []
+                continue
+            for count, token in enumerate(tokens):
+                self.text.rows[row].append(token)
+                self.result.rows[row].append(token)
+                full = len(self.result.rows[row]) >= self.most
+                if full or token in self.ends or (self.stop is not None and self.stop(row, self.result.rows[row])):
+                    self.text.done[row] = True
+                    new[row] = tokens[: count + 1]
+                    break
+        self._tell(new, tree, path)
+
+    def _tell(self, new: list[list[int]], tree: DraftTree, path: torch.Tensor | None) -> None:
+        if self.watch is not None:
+            real = tree.shape.real
+            tokens = [row[keep].tolist() for row, keep in zip(tree.tokens, real, strict=True)]
+            parents = [row[keep].tolist() for row, keep in zip(tree.shape.parents, real, strict=True)]
+            accepted = [[] for _ in new] if path is None else [[i for i in row if i > 0] for row in path.tolist()]
+            self.watch(Progress(tokens, parents, accepted, new))
+
+    def _finish(self, begun: float) -> Decoded:
+        result = self.result
+        result.decode_s = time.perf_counter() - begun - result.prefill_s
+        result.forwards, result.nodes = self.runner.forwards, self.runner.rows - self.inputs["input_ids"].numel()
+        result.draft_bytes = 0 if self.drafter is None else self.drafter.bytes
+        result.stats = self.handle.stats()
+        result.drafter = self.drafter
+        return result

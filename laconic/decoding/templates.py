@@ -1,0 +1,53 @@
+"""Fixed shapes of draft trees: rank paths by their worth."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from laconic.decoding.tree import TreeShape
+
+
+@functools.cache
+def best_tree(accuracy: tuple[tuple[float, ...], ...], nodes: int) -> TreeShape:
+    """The rooted tree of ``nodes`` rank paths with the largest sum of values, where the worth of a path is the product of
+    ``accuracy[depth][rank]`` along it: the expected number of accepted tokens, were depths independent (Medusa, 2024).
+
+    Args:
+        accuracy: for each depth how often the candidate of each rank is right, 0 to 1, falling with the rank.
+    """
+    heap: list[tuple[float, tuple[int, ...]]] = [(-accuracy[0][0], (0,))]
+    chosen: list[tuple[int, ...]] = []
+    while heap and len(chosen) < nodes:
+        worth, path = heapq.heappop(heap)
+        chosen.append(path)
+        depth, rank = len(path), path[-1]
+        row = accuracy[depth - 1]
+        if rank + 1 < len(row) and row[rank] > 0:  # the next sibling
+            heapq.heappush(heap, (worth / row[rank] * row[rank + 1], (*path[:-1], rank + 1)))
+        if depth < len(accuracy):  # the best child
+            heapq.heappush(heap, (worth * accuracy[depth][0], (*path, 0)))
+    return TreeShape.of_paths(chosen)
+
+
+def fill(shape: TreeShape, roots: torch.Tensor, successors: torch.Tensor) -> torch.Tensor:
+    """Tokens ``(batch, nodes)`` of a fixed tree, level by level: each node is its parent's successor of its own rank.
+
+    Args:
+        roots: int64 ``(batch,)``; successors: int64 ``(vocabulary, ranks)``.
+    """
+    parents, ranks, depths = (t[0].tolist() for t in (shape.parents, shape.ranks, shape.depths))
+    tokens = roots[:, None].expand(-1, shape.nodes).clone()
+    for first, last in _levels(depths):
+        at = slice(first, last)
+        tokens[:, at] = successors[tokens[:, parents[at]], torch.tensor(ranks[at], device=roots.device)]
+    return tokens
+
+
+def _levels(depths: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last node of every level below the root, in a tree whose nodes stand level by level."""
+    starts = [i for i in range(1, len(depths)) if depths[i] != depths[i - 1]]
+    return list(zip(starts, [*starts[1:], len(depths)], strict=True))
