@@ -13,18 +13,19 @@ from laconic.registry import get, methods, register
 if TYPE_CHECKING:
     from laconic.evaluation.compare import compare
     from laconic.evaluation.tune import tune
+    from laconic.generation import generate
     from laconic.hooks import Handle, apply
     from laconic.models import load
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "Handle", "LaconicError", "Method", "Recipe", "apply", "compare", "get", "load", "methods", "register",
+    "Budget", "Handle", "LaconicError", "Method", "Recipe", "apply", "compare", "generate", "get", "load", "methods", "register",
     "tune",
 ]  # fmt: skip
 
 _HEAVY = {
     "Handle": "laconic.hooks", "apply": "laconic.hooks", "compare": "laconic.evaluation.compare", "load": "laconic.models",
-    "tune": "laconic.evaluation.tune",
+    "generate": "laconic.generation", "tune": "laconic.evaluation.tune",
 }  # fmt: skip
 
 

@@ -316,8 +316,20 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; without it, standard input is read.")] = None,
     model: Model = "needle",
     method: Annotated[str, typer.Option("--method", help="A recipe, such as tokenselect:256.")] = "dense",
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="What drafts tokens ahead, such as token_recycling or prompt_lookup:8.")
+    ] = None,
+    show_tree: Annotated[
+        bool, typer.Option("--show-tree", help="Show what is drafted and accepted, and how much faster it was than without.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many of the likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest that make up this share.")] = 1.0,
+    penalty: Annotated[float, typer.Option("--penalty", help="Above 1: makes tokens that are there already unlikelier.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Ends the text before this string; may be given several times.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of sampling, with --temperature.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: Device = None,
@@ -332,27 +344,33 @@ def generate(
       laconic generate "The capital of France is" --model PATH_OR_HUB_ID
       laconic generate --method tokenselect:256 < long.txt
       laconic generate --method h2o:10% --json < long.txt
+      laconic generate "Once upon a time" --model story --draft token_recycling --show-tree
     """
+    from laconic.evaluation.table import seconds, size
+    from laconic.evaluation.workload import open_model
     from laconic.generation import generate as run
 
     text = prompt if prompt is not None else _standard_input()
-    result = run(
-        model,
-        text,
-        method,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        device=device,
-        dtype=dtype,
-        stream=None if as_json else sys.stdout,
-    )
+    if show_tree and draft is None:
+        raise LaconicError("There is no tree to show: say what drafts with --draft, such as token_recycling.")
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "penalty": penalty,
+        "stop": stop or [], "seed": seed, "chat": chat,
+    }  # fmt: skip
+    if show_tree:
+        from laconic.decoding.show import TreeView
+
+        network, tokenizer, _ = open_model(model, device, dtype)
+        plain = run((network, tokenizer), text, method, **options)
+        with TreeView(_console(), tokenizer).watching() as view:
+            result = run((network, tokenizer), text, method, drafter=draft, watch=view, **options)
+        result["model"], result["speed"] = model, _speed(plain, result)
+    else:
+        stream = None if as_json else sys.stdout
+        result = run(model, text, method, drafter=draft, device=device, dtype=dtype, stream=stream, **options)
     if as_json:
         _print_json(result)
         return
-    from laconic.evaluation.table import seconds, size
-
     stats = result["stats"]
     print(
         f"{result['prompt_tokens']} + {result['tokens']} tokens, {result['method']}: "
@@ -360,6 +378,20 @@ def generate(
         f"{size(stats['bytes_kept'])} kept, {size(stats['bytes_read'])} read/step",
         file=sys.stderr,
     )
+    if draft is not None:
+        print(_draft_line(result), file=sys.stderr)
+
+
+def _speed(plain: dict[str, Any], drafted: dict[str, Any]) -> float | None:
+    """How many times faster tokens came after the first one."""
+    return plain["decode_s"] / drafted["decode_s"] if plain["decode_s"] and drafted["decode_s"] else None
+
+
+def _draft_line(result: dict[str, Any]) -> str:
+    each = result["tokens_per_forward"]
+    each = "no" if each is None else f"{each:.2f}"
+    line = f"{result['forwards']} forwards, {each} tokens per forward, {result['guarantee']}"
+    return line if result.get("speed") is None else f"{line}, {result['speed']:.2f}x the speed of plain decoding"
 
 
 @app.command()

@@ -1,101 +1,183 @@
-"""Text from a prompt with a recipe inside the model: what ``laconic generate`` does."""
+"""Text from prompts with a recipe inside the model: what ``laconic generate`` does."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import torch
 
+from laconic.decoding.engine import Progress, decode, drafting
+from laconic.decoding.sampling import Sampling, repetition_penalty
 from laconic.errors import LaconicError
+from laconic.recipe import Recipe
+
+LOOK_BACK = 16  # tokens beyond the letters of a stop string that are looked at for it
 
 
 def generate(
     model: str | tuple[Any, Any],
-    prompt: str,
+    prompt: str | Sequence[str],
     recipe: Any = "dense",
     *,
+    drafter: Any = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    penalty: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     chat: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     stream: TextIO | None = None,
+    watch: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Continues ``prompt`` and returns text, counts, times and the cache's figures.
 
     Args:
         model: a name, path or hub id, or ``(model, tokenizer)``.
-        recipe: what is applied, such as ``"tokenselect:256"``.
-        temperature: 0 is greedy; otherwise tokens are sampled, with ``seed``.
+        prompt: a text, or several, which are one batch.
+        recipe: what is applied, such as ``"tokenselect:256"``, or ``"tokenselect:256 + token_recycling"``, which drafts.
+        drafter: the drafting method by itself, such as ``"token_recycling:24"``.
+        temperature: 0 is greedy; otherwise tokens are sampled, with ``seed``, from the ``top_k`` likeliest (0: all) that make up
+            the share ``top_p``.
+        penalty: above 1, tokens that the text has already are less likely (the repetition penalty of CTRL, 2019).
+        stop: strings that end a text; it is cut before them.
         chat: puts the prompt into the tokenizer's chat template.
         device, dtype: see ``compare``.
-        stream: where the text is written as it comes.
+        stream: where the text of a single prompt is written as it comes.
+        watch: told of every step, see ``laconic.decoding.engine.Progress``.
 
     Returns:
-        ``text``, ``model``, ``method``, ``prompt_tokens``, ``tokens`` (new ones), ``prefill_s`` (until the first new
-        token), ``decode_s`` (mean of the others; None when there are none) and ``stats`` (see ``Handle.stats``).
+        ``text`` (a list for several prompts), ``model``, ``method``, ``guarantee``, ``prompt_tokens``, ``tokens`` (new ones),
+        ``prefill_s`` (until the first new token), ``decode_s`` (mean of the others; None when there are none), ``forwards``,
+        ``tokens_per_forward``, ``accepted`` (how often 0, 1, 2 ... drafted tokens were), ``draft_s``, ``draft_bytes`` and
+        ``stats`` (see ``Handle.stats``). Counts are sums over the prompts.
 
     Raises:
         LaconicError: for a model, recipe or prompt that cannot work.
     """
-    from laconic import Recipe, apply
     from laconic.evaluation.workload import open_model
 
-    recipe = Recipe.parse(recipe)  # before the model is loaded, which may take long
+    recipe = _with_drafter(Recipe.parse(recipe), drafter)  # before the model is loaded, which may take long
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    processors = (repetition_penalty(penalty),) if penalty != 1 else ()
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, processors=processors)
     network, tokenizer, name = open_model(model, device, dtype)
-    inputs = _encode(tokenizer, prompt, chat).to(next(network.parameters()).device)
-    clock = Clock(_writer(tokenizer, stream))
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
-    with apply(network, recipe) as handle:
-        out = network.generate(**inputs, max_new_tokens=max_new_tokens, streamer=clock, **sampling)
-        stats = handle.stats()
-    new = out[0, inputs["input_ids"].shape[1] :]
-    times = clock.times
+    inputs = _encode(tokenizer, prompts, chat).to(next(network.parameters()).device)
+    writer = _Writer(tokenizer, stream, stop) if stream is not None and len(prompts) == 1 else None
+
+    def tell(step: Progress) -> None:
+        if writer is not None:
+            writer.put(step.new[0])
+        if watch is not None:
+            watch(step)
+
+    out = decode(
+        network, dict(inputs), recipe, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, ends=_ends(network),
+        stop=_stopper(tokenizer, stop), watch=tell,
+    )  # fmt: skip
+    if writer is not None:
+        writer.end()
+    texts = [_cut(tokenizer.decode(row, skip_special_tokens=True), stop) for row in out.rows]
+    tokens, method = sum(map(len, out.rows)), drafting(recipe)
+    longest = max(map(len, out.rows))
     return {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "text": texts[0] if isinstance(prompt, str) else texts,
         "model": name,
         "method": str(recipe),
-        "prompt_tokens": inputs["input_ids"].shape[1],
-        "tokens": len(new),
-        "prefill_s": times[1] - times[0],
-        "decode_s": (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else None,
-        "stats": stats,
+        "guarantee": None if method is None else method.promise,
+        "prompt_tokens": int(inputs["attention_mask"].sum()),
+        "tokens": tokens,
+        "prefill_s": out.prefill_s,
+        "decode_s": out.decode_s / (longest - 1) if longest > 1 else None,
+        "forwards": out.forwards,
+        "tokens_per_forward": out.tokens_per_forward,
+        "accepted": out.accepted,
+        "draft_s": out.draft_s,
+        "draft_bytes": out.draft_bytes,
+        "stats": out.stats,
     }
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+def _with_drafter(recipe: Recipe, drafter: Any) -> Recipe:
+    if drafter is None:
+        return recipe
+    added = Recipe.parse(drafter)
+    if drafting(added) is None:
+        raise LaconicError(f"{added} drafts nothing: give a drafting method, such as token_recycling (see laconic methods).")
+    dense = [m for m in recipe.methods if m.id != "dense"]
+    return Recipe((*dense, *added.methods))
+
+
+def _encode(tokenizer: Any, prompts: list[str], chat: bool) -> Any:
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise LaconicError("This model's tokenizer has no chat template: leave --chat out.")
-        messages = [{"role": "user", "content": prompt}]
+        talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
         inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            talks, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
     else:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
+        inputs = tokenizer(prompts, padding=len(prompts) > 1, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0 or not bool(inputs["attention_mask"].any(-1).all()):
         raise LaconicError("The prompt is empty: give at least one word.")
     return inputs
 
 
-def _writer(tokenizer: Any, stream: TextIO | None) -> Any:
-    """A streamer that writes text to ``stream`` as it comes."""
-    if stream is None:
+def _ends(model: torch.nn.Module) -> list[int]:
+    """Tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _stopper(tokenizer: Any, stop: Sequence[str]) -> Callable[[int, list[int]], bool] | None:
+    if not stop:
         return None
-    from transformers import TextStreamer
+    reach = max(map(len, stop)) + LOOK_BACK
+    return lambda row, new: any(string in tokenizer.decode(new[-reach:], skip_special_tokens=True) for string in stop)
 
-    class Writer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            print(text, flush=True, end="\n" if stream_end else "", file=stream)
 
-    return Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+def _cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the strings."""
+    return text[: min((text.find(string) for string in stop if string in text), default=len(text))]
+
+
+class _Writer:
+    """Writes text to a stream as it comes, without what ends it."""
+
+    def __init__(self, tokenizer: Any, stream: TextIO, stop: Sequence[str]) -> None:
+        from transformers import TextStreamer
+
+        class Words(TextStreamer):
+            def on_finalized_text(words, text: str, stream_end: bool = False) -> None:
+                self.text += text
+
+        self.words, self.stream, self.stop = Words(tokenizer, skip_special_tokens=True), stream, stop
+        self.hold = max(map(len, stop), default=1) - 1  # letters that may turn out to be the beginning of a stop string
+        self.text, self.written = "", 0
+
+    def put(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.words.put(torch.tensor([token]))
+        self._write(len(_cut(self.text, self.stop)) - self.hold)
+
+    def end(self) -> None:
+        self.words.end()
+        self._write(len(_cut(self.text, self.stop)))
+        print(file=self.stream, flush=True)
+
+    def _write(self, to: int) -> None:
+        if to > self.written:
+            print(self.text[self.written : to], end="", flush=True, file=self.stream)
+            self.written = to
 
 
 class Clock:
-    """A streamer of ``generate`` that notes when the prompt and every new token came, and hands them on."""
+    """A streamer of transformers' ``generate`` that notes when the prompt and every new token came, and hands them on."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

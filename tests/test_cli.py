@@ -200,6 +200,17 @@ def test_generate_streams_text_to_stdout_and_figures_to_stderr(tiny_path: str) -
     assert "prefill" in shown.stderr and "prefill" not in shown.stdout
 
 
+def test_generate_shows_what_is_drafted_and_accepted(tiny_path: str) -> None:
+    arguments = ["generate", "--model", tiny_path, "--max-new-tokens", "12", "The quick brown fox"]
+    drafted = [*arguments, "--draft", "prompt_lookup:4", "--show-tree"]
+    shown, plain = runner.invoke(app, drafted), runner.invoke(app, [*arguments, "--json"])
+    assert "accepted" in shown.stdout and "tokens per forward" in shown.stderr and "plain decoding" in shown.stderr
+    assert "exact in distribution" in shown.stderr
+    found = json.loads(runner.invoke(app, [*arguments, "--draft", "prompt_lookup:4", "--json"]).stdout)
+    assert found["text"] == json.loads(plain.stdout)["text"]
+    assert found["method"] == "prompt_lookup:4" and sum(found["accepted"]) == found["forwards"] - 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "word"),
     [
@@ -207,6 +218,10 @@ def test_generate_streams_text_to_stdout_and_figures_to_stderr(tiny_path: str) -
         ([], "", "empty"),
         (["--chat", "hello"], None, "chat template"),
         ([""], None, "empty"),
+        (["--show-tree", "hello"], None, "--draft"),
+        (["--draft", "tokenselect:24", "hello"], None, "drafts nothing"),
+        (["--top-p", "0", "hello"], None, "top_p"),
+        (["--draft", "prompt_lookup", "--method", "h2o:24", "hello"], None, "once=true"),
     ],
 )
 def test_generate_refuses(tiny_path: str, arguments: list[str], text: str | None, word: str) -> None:

@@ -38,7 +38,8 @@ class Decoded:
         forwards: of the target model, the prompt's included; nodes: tokens that the others computed.
         accepted: how often 0, 1, 2, ... drafted tokens of a row were accepted in a forward.
         prefill_s: time to the first new token; decode_s: of everything after it.
-        draft_s: of it, spent on proposing; draft_bytes: memory of the drafter.
+        draft_s: of it, spent on proposing; watch_s: spent on telling who watches, which no other time includes.
+        draft_bytes: memory of the drafter.
         stats: the cache's figures, see ``Handle.stats``.
         drafter: what knows what the run has taught it, for a hot start of the next one.
     """
@@ -50,6 +51,7 @@ class Decoded:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0
+    watch_s: float = 0.0
     draft_bytes: int = 0
     stats: dict[str, Any] = field(default_factory=dict)
     drafter: Drafter | None = None
@@ -68,7 +70,7 @@ def decode(
     *,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
-    seed: int | torch.Generator = 0,
+    seed: int | torch.Generator | None = 0,
     ends: Sequence[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None,
     watch: Callable[[Progress], None] | None = None,
@@ -80,7 +82,7 @@ def decode(
         inputs: ``input_ids`` and, for prompts of different lengths, ``attention_mask`` (batch, n), padded on the left.
         recipe: methods of the cache, and at most one that drafts.
         sampling: by default greedy.
-        seed: or a generator, for sampling.
+        seed: or a generator, for sampling; None takes torch's own.
         ends: tokens that end a text, kept as its last.
         stop: says of a row and its new tokens whether it is finished.
         watch: told of every step.
@@ -92,7 +94,7 @@ def decode(
     recipe = Recipe.parse(recipe)
     method = drafting(recipe)
     rest = tuple(m for m in recipe.methods if m is not method)
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed) if isinstance(seed, int) else seed
     with torch.inference_mode(), apply(model, Recipe(rest) if rest else "dense") as handle:
         run = _Run(handle, inputs, method, sampling or Sampling(), generator, drafter)
         return run(max_new_tokens, frozenset(ends), stop, watch)
@@ -108,8 +110,8 @@ def drafting(recipe: Recipe) -> DraftMethod | None:
 
 class _Run:
     def __init__(
-        self, handle: Handle, inputs: dict[str, Any], method: DraftMethod | None, sampling: Sampling, generator: torch.Generator,
-        drafter: Drafter | None,
+        self, handle: Handle, inputs: dict[str, Any], method: DraftMethod | None, sampling: Sampling,
+        generator: torch.Generator | None, drafter: Drafter | None,
     ) -> None:  # fmt: skip
         self.handle, self.inputs, self.method, self.sampling, self.generator = handle, dict(inputs), method, sampling, generator
         self.runner = Runner(handle, hidden=method is not None and method.hidden)
@@ -132,8 +134,8 @@ class _Run:
         root = DraftTree.chain(self.text.roots(self.device)[:, None])
         scores = self.sampling.scores(output.logits[:, -1:], self.text, root)
         first = self.sampling.choose(scores, self.generator)[:, 0].tolist()
-        self._write([[token] for token in first], root, None)
         self.result.prefill_s = time.perf_counter() - begun
+        self._write([[token] for token in first], root, None)
         if self.method is not None and self.drafter is None:
             setting = Setting(self.handle.model, self.text, self.sampling, self.generator, output, self.inputs)
             self.drafter = self.method.drafter(setting)
@@ -205,15 +207,17 @@ class _Run:
 
     def _tell(self, new: list[list[int]], tree: DraftTree, path: torch.Tensor | None) -> None:
         if self.watch is not None:
+            begun = time.perf_counter()
             real = tree.shape.real
             tokens = [row[keep].tolist() for row, keep in zip(tree.tokens, real, strict=True)]
             parents = [row[keep].tolist() for row, keep in zip(tree.shape.parents, real, strict=True)]
             accepted = [[] for _ in new] if path is None else [[i for i in row if i > 0] for row in path.tolist()]
             self.watch(Progress(tokens, parents, accepted, new))
+            self.result.watch_s += time.perf_counter() - begun
 
     def _finish(self, begun: float) -> Decoded:
         result = self.result
-        result.decode_s = time.perf_counter() - begun - result.prefill_s
+        result.decode_s = time.perf_counter() - begun - result.prefill_s - result.watch_s
         result.forwards, result.nodes = self.runner.forwards, self.runner.rows - self.inputs["input_ids"].numel()
         result.draft_bytes = 0 if self.drafter is None else self.drafter.bytes
         result.stats = self.handle.stats()
