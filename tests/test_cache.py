@@ -274,6 +274,18 @@ def test_crop_after_heads_have_evicted_different_tokens() -> None:
     text_of(layer)
 
 
+def test_a_second_crop_counts_tokens_that_were_evicted() -> None:
+    layer = layer_with(10)
+    layer.keep(torch.tensor([[[0, 1, 2, 9]] * 2] * 2))
+    layer.crop(-3)  # ends inside what was evicted: the newest entry is 2, the newest token 6
+    layer.crop(-4)
+    assert layer.seen == 3 and layer.positions[0, 0].tolist() == [0, 1, 2]
+    layer.crop(-1)
+    assert layer.seen == 2 and layer.positions[0, 0].tolist() == [0, 1]
+    add(layer, 1)
+    text_of(layer)
+
+
 def test_crop_of_more_than_there_is_and_of_a_final_length_are_refused() -> None:
     layer = layer_with(5)
     layer.crop(0)

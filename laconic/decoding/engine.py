@@ -124,6 +124,9 @@ class _Run:
         self.text, self.drafter = Text(rows), drafter
         if method is not None:
             handle.policy.refuse_drafts(len(rows))
+            limit = self.runner.limit
+            fits = limit is None or method.nodes < limit
+            method.require(fits, f"{method.nodes} drafted tokens are more than the model's {limit} positions: draft fewer.")
         self.device = ids.device
 
     def __call__(self, most: int, ends: frozenset[int], stop: Any, watch: Any) -> Decoded:

@@ -213,6 +213,7 @@ def test_the_last_positions_of_a_model_are_not_passed():
 @pytest.mark.parametrize(("text", "reason"), [
     ("token_recycling:10%", "number of tokens drafted"), ("prompt_lookup(ngram=0):4", "at least 1"),
     ("token_recycling(verifier=guess):4", "verifier must be one of match, typical"),
+    ("token_recycling:512", "512 drafted tokens are more than the model's 512 positions"),
 ])  # fmt: skip
 def test_parameters_that_cannot_work_are_one_sentence(text, reason):
     with pytest.raises(LaconicError, match=reason):
