@@ -1,16 +1,19 @@
 """Train the built-in `story` model and its draft: ``python -m laconic.models.train_story --data DIR --out DIR``.
 
-A Llama that writes English, a little markdown and a little Python, and one of less than a tenth of its size that drafts for it
-(``--size draft``, with the tokenizer of the first copied to its folder beforehand).
+A Llama that writes English, a little markdown and a little Python, and one of less than a tenth of its size that drafts for it:
+``--size draft --teacher DIR`` takes the tokenizer of the first and learns what it would say, not what the text says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from laconic.models import load
 from laconic.models.text_data import LIMIT
 from laconic.models.train_text import arguments, train
 
@@ -41,15 +44,34 @@ def next_token_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+def likeness_loss(teacher: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Cross-entropy in nats of the model under the teacher's probabilities (Hinton et al. 2015): a draft is accepted where the
+    two agree."""
+
+    def loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float().softmax(-1)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        return cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), wanted)
+
+    return loss
+
+
 def main() -> None:
     """Command line entry."""
     options = arguments(
         "Train the built-in story model, or its draft, on CPU.", 90.0,
         size={"choices": sorted(SIZES), "default": "story", "help": "which of the two (default story)"},
+        teacher={"type": Path, "help": "folder of the trained story model, to learn from it"},
     )  # fmt: skip
+    loss = next_token_loss
+    if options.teacher is not None:
+        teacher, tokenizer = load(options.teacher, dtype="float32")
+        tokenizer.save_pretrained(options.out)
+        loss = likeness_loss(teacher)
     train(
-        lambda tokenizer: build_model(tokenizer, options.size), next_token_loss, options.data, options.out, options.minutes,
-        options.seed, options.compile,
+        lambda tokenizer: build_model(tokenizer, options.size), loss, options.data, options.out, options.minutes, options.seed,
+        options.compile,
     )  # fmt: skip
 
 

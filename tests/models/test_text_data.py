@@ -77,3 +77,38 @@ def test_the_loss_is_the_model_s_own(tokenizer):
     model = build_model(tokenizer, "draft")
     ids = torch.randint(4, len(tokenizer), (2, 12))
     torch.testing.assert_close(next_token_loss(model, ids), model(input_ids=ids, labels=ids).loss)
+
+
+def test_every_token_is_judged_once(tokenizer, monkeypatch):
+    import math
+
+    import torch
+
+    from laconic.models import evaluate_text
+
+    monkeypatch.setattr(evaluate_text, "WINDOW", 16)
+    torch.manual_seed(0)
+    model = build_model(tokenizer, "draft").eval()
+    text = "the whale and the sea, add(a, b)\n" * 4
+    found = evaluate_text.judge(model, tokenizer, text)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found["tokens"] == len(ids) and found["bytes"] == len(text)
+    assert found["bits_per_byte"] == pytest.approx(math.log2(found["perplexity"]) * len(ids) / len(text))
+    short = evaluate_text.judge(model, tokenizer, "the sea")  # one window: the model's own loss
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the sea", add_special_tokens=False)["input_ids"]]])
+    assert math.log(short["perplexity"]) == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+
+
+def test_a_draft_learns_what_its_teacher_says(tokenizer):
+    """The loss is least, and equal to the teacher's own entropy, for a model that says the same."""
+    import torch
+
+    from laconic.models.train_story import likeness_loss
+
+    torch.manual_seed(0)
+    teacher, other = build_model(tokenizer, "draft"), build_model(tokenizer, "draft")
+    ids = torch.randint(4, len(tokenizer), (2, 12))
+    loss = likeness_loss(teacher)
+    law = teacher(input_ids=ids).logits[:, :-1].softmax(-1)
+    assert loss(teacher, ids).item() == pytest.approx(-(law * law.log()).sum(-1).mean().item(), rel=1e-5)
+    assert loss(other, ids) > loss(teacher, ids)
