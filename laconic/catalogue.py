@@ -31,8 +31,11 @@ def method_page(row: dict[str, Any]) -> Group:
     )
     head += "".join(f"\nMeasured, {sentence}" for sentence in row["measured"]) + "\n" * bool(row["measured"])
     lines = [(item["name"], item["type"], str(item["default"]), item["help"]) for item in row["parameters"]]
-    others = [item for item in row["parameters"] if item["name"] != "budget"]
-    few, many = (":256", ":10%") if row["takes_budget"] else ("", "")
+    others = [item for item in row["parameters"] if item["name"] != "budget" and item["default"] != ""]
+    usual = next(str(item["default"]) for item in row["parameters"] if item["name"] == "budget")
+    few, many = (":256", ":10%") if usual.endswith("%") else (f":{usual}", f":{usual}")  # of what is drafted, a number
+    if not row["takes_budget"]:
+        few = many = ""
     recipe = f"Recipe: {name}{many}" + (f" or {name}({others[0]['name']}={others[0]['default']}){few}" if others else "")
     return Group(Text(head), _table(("parameter", "type", "default", "meaning"), lines), Text(recipe))
 
