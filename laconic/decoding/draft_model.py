@@ -40,9 +40,9 @@ class Loaded(str):
 class DraftModelMethod(DraftMethod):
     """Base of methods that ask a draft model.
 
-    ``model`` is the name of a built-in model, a path or a hub id, opened once per process in the target's dtype and on its device;
-    or, in Python, the model itself, alone or as ``(model, tokenizer)``. A built-in model finds its own: that of the same name with
-    ``-draft``. Both models need the same tokenizer.
+    ``model`` is the name of a built-in model, a path or a hub id, opened once per process in the target's dtype and on its
+    device; or, in Python, the model itself, alone or as ``(model, tokenizer)``. A built-in model finds its own: that of the same
+    name with ``-draft``. Both models need the same tokenizer.
     """
 
     model: str = parameter("", "draft model: name, path or hub id; empty for that of a built-in model", search=())
@@ -73,7 +73,8 @@ class DraftModelMethod(DraftMethod):
     def _sibling(self, target: torch.nn.Module) -> str:
         path = Path(_source(target))
         name = f"{path.name}-draft" if path.parent == models.ZOO else ""
-        self.require(name in models.builtin_models(), "it needs a draft model: add model= with a small one of the same tokenizer.")
+        ask = "it needs a draft model: add model= with a small one of the same tokenizer."
+        self.require(name in models.builtin_models(), ask)
         return name
 
     def _compare(self, network: torch.nn.Module, pieces: dict[str, int] | None, target: torch.nn.Module) -> None:
@@ -122,7 +123,8 @@ class ModelDrafter(Drafter):
 
     @property
     def bytes(self) -> int:
-        weights = 0 if self.network is self.setting.model else sum(p.numel() * p.element_size() for p in self.network.parameters())
+        own = () if self.network is self.setting.model else self.network.parameters()
+        weights = sum(p.numel() * p.element_size() for p in own)
         return weights + (0 if self.text is None else sum(layer.bytes_kept for layer in self.runner.cache.layers))
 
     def propose(self, text: Text, room: int) -> DraftTree:
@@ -154,12 +156,13 @@ class ModelDrafter(Drafter):
 
     def _reach(self, text: Text) -> int:
         """How deep a tree may be, for the draft model's positions: the deepest nodes are not read."""
-        if self.network.config.get_text_config().max_position_embeddings is None:
+        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
             return self.method.nodes
         longest = max(len(ids) for ids, done in zip(text.rows, text.done, strict=True) if not done)
         if text is self.text:
             longest = max(longest, int(self.runner.lengths.max()) + 1)  # finished rows go along
-        return self.network.config.get_text_config().max_position_embeddings + 1 - longest
+        return limit + 1 - longest
 
     def _begin(self, text: Text) -> torch.Tensor:
         """Reads what is new in the texts; the scores ``(batch, 1, vocabulary)`` after their newest tokens."""

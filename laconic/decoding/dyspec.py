@@ -11,34 +11,36 @@ import torch
 from laconic.budget import Budget
 from laconic.decoding.base import Drafter, Setting
 from laconic.decoding.draft_model import DraftModelMethod, ModelDrafter
-from laconic.decoding.tree import NONE, DraftTree, TreeShape
+from laconic.decoding.tree import NONE, DraftTree
 from laconic.decoding.verify import draw_distinct
 from laconic.method import parameter
 from laconic.registry import register
 
 
 @dataclass
-class _Children:
+class Children:
     """What the draft model says after a node: its candidates in the order of drawing, and what is left behind those drawn.
 
     Attributes:
         place: the node's number in the order of reading.
+        sure: sum of all squared probabilities.
         mass: probability of the tokens that are not drawn yet; squares: sum of their squared probabilities.
     """
 
     place: int
     tokens: list[int]
     chances: list[float]
+    sure: float
     mass: float
     squares: float
 
 
 @dataclass
-class _Growth:
+class Growth:
     """The tree of one row. A slot is the next child of a node; its value is how likely verification gets there.
 
-    ``ready``: slots of nodes that the draft model has read; ``unread``: first slots of the other nodes, with the most that they
-    can be worth. Entries are (-worth, order of coming, node).
+    ``ready``: slots of nodes that the draft model has read; ``unread``: first slots of the other nodes, worth what is known of
+    them. Entries are (-worth, order of coming, node).
     """
 
     method: DySpec
@@ -47,7 +49,7 @@ class _Growth:
     parents: list[int] = field(default_factory=lambda: [NONE])
     values: list[float] = field(default_factory=lambda: [1.0])
     depths: list[int] = field(default_factory=lambda: [0])
-    children: dict[int, _Children] = field(default_factory=dict)
+    children: dict[int, Children] = field(default_factory=dict)
     ready: list[tuple[float, int, int]] = field(default_factory=list)
     unread: list[tuple[float, int, int]] = field(default_factory=list)
     came: int = 0
@@ -56,57 +58,56 @@ class _Growth:
     def left(self) -> int:
         return self.method.nodes + 1 - len(self.tokens)
 
-    def read(self, node: int, children: _Children) -> None:
+    def read(self, node: int, children: Children) -> None:
         """Tells what may follow a node."""
         self.children[node] = children
         self._open(node)
 
     def grow(self) -> list[int]:
         """Draws children until the tree is full or hangs on nodes that have to be read: these."""
-        least, level = self.method.threshold, self.method.threshold > 0
-        while self.left and self.ready and -self.ready[0][0] > least and (level or self.ready[:1] < (self.unread[:1] or [(1.0,)])):
+        level = self.method.threshold > 0
+        while self.left and self.ready and (level or not self.unread or self.ready[0] < self.unread[0]):
             self._draw(heapq.heappop(self.ready)[2])
         if not self.left:
             return []
-        wanted = [entry for entry in self.unread if -entry[0] > least]
-        if not level:  # of all slots only the best can still be taken, as many as there is room for
-            wanted = [entry for entry in heapq.nsmallest(self.left, self.ready + wanted) if entry[2] not in self.children]
-        chosen = {entry[2] for entry in wanted}
-        self.unread = [entry for entry in self.unread if entry[2] not in chosen]
+        best = self.unread if level else heapq.nsmallest(self.left, self.ready + self.unread)  # others come too late
+        wanted = {entry[2] for entry in best} - self.children.keys()
+        self.unread = [entry for entry in self.unread if entry[2] not in wanted]
         heapq.heapify(self.unread)
-        return sorted(chosen)
+        return sorted(wanted)
 
     def _draw(self, node: int) -> None:
         here = self.children[node]
-        rank = len(here.tokens) - len(here.chances)
-        chance = here.chances.pop(0)
-        here.mass, here.squares = here.mass - chance, here.squares - chance * chance
-        child = len(self.tokens)
-        self.tokens.append(here.tokens[rank])
+        chance, child = here.chances.pop(0), len(self.tokens)
+        self.tokens.append(here.tokens.pop(0))
         self.parents.append(node)
         self.values.append(self.values[node] * chance)
         self.depths.append(self.depths[node] + 1)
+        here.mass, here.squares = here.mass - chance, here.squares - chance * chance
         self._open(node)
         if self.depths[child] < self.room:
-            self.came += 1
-            heapq.heappush(self.unread, (-self.values[child], self.came, child))
+            self._push(self.unread, child, self.values[child], here.sure)  # it is taken to be as sure as its parent was
 
     def _open(self, node: int) -> None:
         """The slot of the next child, if there is any probability left for one."""
         here = self.children[node]
         if here.chances and here.chances[0] > 0:
-            expected = self.method.slot_value == "expected"
-            worth = here.squares / max(here.mass, 1e-12) if expected else here.mass
+            mass = max(here.mass, 1e-12)
+            self._push(self.ready, node, self.values[node] * mass, here.squares / mass**2)
+
+    def _push(self, heap: list[tuple[float, int, int]], node: int, value: float, hope: float) -> None:
+        """Args: hope: how likely the next child is accepted once verification gets there, sum of R^2."""
+        if value > self.method.threshold:
             self.came += 1
-            heapq.heappush(self.ready, (-self.values[node] * worth, self.came, node))
+            heapq.heappush(heap, (-value * (hope if self.method.slot_value == "expected" else 1.0), self.came, node))
 
 
-class _Best(ModelDrafter):
+class BestFirst(ModelDrafter):
     method: DySpec
 
     def draft(self, scores: torch.Tensor, room: int) -> DraftTree:
         text = self.text
-        rows = [_Growth(self.method, room, ids[-1:]) for ids in text.rows]
+        rows = [Growth(self.method, room, ids[-1:]) for ids in text.rows]
         wanted = [[] if done else [0] for done in text.done]
         laws, place = [], 0
         while True:
@@ -123,7 +124,7 @@ class _Best(ModelDrafter):
         greedy = self.setting.sampling.greedy
         return (scores / self.method.temperature).softmax(-1) if greedy else self.setting.sampling.law(scores)
 
-    def _tell(self, rows: list[_Growth], wanted: list[list[int]], law: torch.Tensor, place: int) -> None:
+    def _tell(self, rows: list[Growth], wanted: list[list[int]], law: torch.Tensor, place: int) -> None:
         """Hands each row what follows the nodes that it wanted to be read, from ``place`` on."""
         count = min(self.method.nodes, law.shape[-1])
         tokens = draw_distinct(law, count, self.setting.generator) if self.draws else law.topk(count, dim=-1).indices
@@ -131,9 +132,10 @@ class _Best(ModelDrafter):
         tokens = tokens.tolist()
         for row, nodes in enumerate(wanted):
             for i, node in enumerate(nodes):
-                rows[row].read(node, _Children(place + i, tokens[row][i], chances[row][i], 1.0, squares[row][i]))
+                sure = squares[row][i]
+                rows[row].read(node, Children(place + i, tokens[row][i], chances[row][i], sure, 1.0, sure))
 
-    def _level(self, rows: list[_Growth], wanted: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _level(self, rows: list[Growth], wanted: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and parents of the nodes to be read, in the order of reading; empty nodes behind where a row wants fewer."""
         width = max(map(len, wanted))
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -144,7 +146,7 @@ class _Best(ModelDrafter):
                 parents[row, i] = growth.children[growth.parents[node]].place
         return tokens.to(self.network.device), parents
 
-    def _tree(self, rows: list[_Growth], laws: torch.Tensor) -> DraftTree:
+    def _tree(self, rows: list[Growth], laws: torch.Tensor) -> DraftTree:
         tree = DraftTree.of_rows([(growth.tokens, growth.parents) for growth in rows])
         if not self.draws:
             return tree
@@ -160,8 +162,8 @@ class DySpec(DraftModelMethod):
     sure, wide where it is not.
 
     A place is chosen before its token is drawn, so that the law stays the model's. ``slot_value=expected`` weighs a place by the
-    chance that its next token is accepted as well (not in the paper). With a ``threshold`` the tree grows level by level, wherever
-    the value is above it: a forward of the draft model per level, where best first takes more of them.
+    chance that its next token is accepted as well (not in the paper). With a ``threshold`` the tree grows level by level, where
+    its value is above that: a forward of the draft model per level, where best first takes more of them.
     """
 
     id: ClassVar[str] = "dyspec"
@@ -178,4 +180,4 @@ class DySpec(DraftModelMethod):
         self.require(self.slot_value in ("product", "expected"), "slot_value must be product or expected.")
 
     def drafter(self, setting: Setting) -> Drafter:
-        return _Best(self, setting)
+        return BestFirst(self, setting)

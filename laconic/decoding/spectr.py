@@ -16,7 +16,7 @@ from laconic.method import parameter
 from laconic.registry import register
 
 
-class _Drafts(ModelDrafter):
+class Drafts(ModelDrafter):
     method: SpecTr
 
     def draft(self, scores: torch.Tensor, room: int) -> DraftTree:
@@ -85,9 +85,9 @@ class _Drafts(ModelDrafter):
 class SpecTr(DraftModelMethod):
     """A draft model writes several drafts independently, and one of them is taken by optimal transport (k-SEQ).
 
-    At every place the drafts that agree with what is accepted offer their tokens, and one is accepted at least 1 - 1/e as often as
-    is possible at all. Drafts have budget / ``drafts`` tokens each; what they share is computed once. At temperature 0, where all
-    would be the same, they are the likeliest continuations instead, by beam search.
+    At every place the drafts that agree with what is accepted offer their tokens, and one is accepted at least 1 - 1/e as often
+    as is possible at all. Drafts have budget / ``drafts`` tokens each; what they share is computed once. At temperature 0, where
+    all would be the same, they are the likeliest continuations instead, by beam search.
     """
 
     id: ClassVar[str] = "spectr"
@@ -101,4 +101,4 @@ class SpecTr(DraftModelMethod):
         self.require(self.drafts <= self.nodes, f"{self.drafts} drafts need a budget of {self.drafts} tokens or more.")
 
     def drafter(self, setting: Setting) -> Drafter:
-        return _Drafts(self, setting)
+        return Drafts(self, setting)

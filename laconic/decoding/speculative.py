@@ -18,7 +18,7 @@ from laconic.method import parameter
 from laconic.registry import register
 
 
-class _Fixed(ModelDrafter):
+class FixedTree(ModelDrafter):
     """Level by level: every node of a level gets the same number of children."""
 
     method: Speculative
@@ -71,4 +71,4 @@ class Speculative(DraftModelMethod):
 
     def drafter(self, setting: Setting) -> Drafter:
         self.require(max(self.levels) <= setting.vocabulary, "there are more branches than tokens: use fewer.")
-        return _Fixed(self, setting)
+        return FixedTree(self, setting)
