@@ -139,9 +139,11 @@ class _Run:
         first = self.sampling.choose(scores, self.generator)[:, 0].tolist()
         self.result.prefill_s = time.perf_counter() - begun
         self._write([[token] for token in first], root, None)
-        if self.method is not None and self.drafter is None:
+        if self.method is not None:
             setting = Setting(self.handle.model, self.text, self.sampling, self.generator, output, self.inputs)
-            self.drafter = self.method.drafter(setting)
+            if self.drafter is None:
+                self.drafter = self.method.drafter(setting)
+            self.drafter.setting = setting
         while not all(self.text.done):
             self._step()
         return self._finish(begun)

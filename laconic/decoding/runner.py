@@ -74,11 +74,11 @@ class Runner:
         return self._grow(tokens, shape.ancestors, shape.depths)
 
     def grow(self, tokens: torch.Tensor, parents: torch.Tensor) -> Any:
-        """As ``run``, for nodes ``(batch, new)`` whose parents are among the pending ones."""
-        rows = parents[..., None].expand(-1, -1, self.pending)
+        """As ``run``, for nodes ``(batch, new)`` whose parents are among the pending ones; -1 for empty ones."""
+        real, above = parents >= 0, parents.clamp(min=0)
         own = torch.eye(tokens.shape[1], dtype=torch.bool).expand(len(tokens), -1, -1)
-        sees = torch.cat([self._sees.gather(1, rows), own], dim=-1)
-        return self._grow(tokens, sees, self._depths.gather(1, parents) + 1)
+        sees = torch.cat([self._sees.gather(1, above[..., None].expand(-1, -1, self.pending)), own], dim=-1)
+        return self._grow(tokens, sees & real[..., None], torch.where(real, self._depths.gather(1, above) + 1, -1))
 
     def _grow(self, tokens: torch.Tensor, sees: torch.Tensor, depths: torch.Tensor) -> Any:
         old, new = self.pending, tokens.shape[1]

@@ -46,6 +46,15 @@ def draw(rows: torch.Tensor, generator: torch.Generator | None = None) -> torch.
     return (rows / noise).argmax(-1)  # exponential races: no row is read twice, and zeros never win
 
 
+def draw_distinct(rows: torch.Tensor, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """``count`` samples of each row without replacement, ``(..., count)``, in the order of drawing.
+
+    Where fewer tokens have any probability, the others follow them.
+    """
+    noise = torch.empty_like(rows).exponential_(generator=generator)
+    return (rows / noise).topk(count, dim=-1).indices
+
+
 def match(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
     """Follows what the target model chose at each node while that is a child, to the deepest node that can be reached.
 
@@ -68,7 +77,8 @@ def rejection(tree: DraftTree, p: torch.Tensor, generator: torch.Generator | Non
     """Recursive rejection of children that were drawn without replacement (Sequoia, 2024; DySpec, 2024).
 
     A chain is speculative sampling (Leviathan et al. 2023). Children are tried in order: one is accepted with probability
-    min(1, p / q); when it is not, p becomes what is left of p above q, and q loses the token. Exact in distribution.
+    min(1, p / q); when it is not, p becomes what is left of p above q, and q loses the token. Exact in distribution. A child
+    that the draft model cannot have drawn, for q had run out, is passed over.
 
     Args:
         p: ``(batch, nodes, vocabulary)``: the law of the target model after each node. The arithmetic is float64.
@@ -82,7 +92,7 @@ def rejection(tree: DraftTree, p: torch.Tensor, generator: torch.Generator | Non
         for rank in range(shape.children.shape[2]):
             child = shape.children[every, node, rank]
             here = tree.tokens.gather(1, child.clamp(min=0)[:, None])
-            tried = open_ & (child >= 0)
+            tried = open_ & (child >= 0) & (draft.gather(1, here)[:, 0] > 0)
             chance = torch.rand(len(node), dtype=torch.float64, device=p.device, generator=generator)
             rest = (target - draft).clamp(min=0)
             mass = rest.sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from laconic.models.reading import sees, text_side
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-__all__ = ["builtin_models", "load"]
+__all__ = ["builtin_models", "load", "vocabulary"]
 
 ZOO = Path(__file__).parent / "zoo"
 
@@ -60,6 +61,16 @@ def load(
     if words.pad_token_id is None:
         words.pad_token = words.eos_token or words.convert_ids_to_tokens(0)
     return model.eval(), tokenizer
+
+
+@functools.cache
+def vocabulary(source: str) -> dict[str, int] | None:
+    """Id of every piece of a tokenizer that lies here, in a folder or in the hub's cache; None where there is none."""
+    from transformers import AutoTokenizer
+
+    with _quiet(), contextlib.suppress(Exception):  # whatever is wrong with it, it tells nothing
+        return AutoTokenizer.from_pretrained(source, local_files_only=True).get_vocab() if source else None
+    return None
 
 
 def _dtype(dtype: str | torch.dtype | None, default: Any) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 
 from laconic.decoding.tree import DraftTree, TreeShape
-from laconic.decoding.verify import division_factor, draw, k_seq, match, rejection, typical
+from laconic.decoding.verify import Verdict, division_factor, draw, draw_distinct, k_seq, match, rejection, typical
 
 P = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 Q = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
@@ -52,14 +56,48 @@ def test_k_seq_accepts_as_often_as_it_should_and_keeps_the_law(count, accepted):
     assert fits(torch.bincount(first, minlength=4), P[0])
 
 
-def without_replacement(rows: torch.Tensor, count: int, generator) -> torch.Tensor:
-    noise = torch.empty_like(rows).exponential_(generator=generator)
-    return (rows / noise).topk(count, dim=-1).indices
+def optimum(p: np.ndarray, q: np.ndarray, count: int) -> float:
+    """How often at best one of ``count`` draws from q can be made the token of the law p: the linear program."""
+    tuples = list(itertools.product(range(len(p)), repeat=count))
+    pairs = [(i, y) for i in range(len(tuples)) for y in range(len(p))]
+    gain = [-float(y in tuples[i]) for i, y in pairs]
+    sums = np.zeros((len(tuples) + len(p), len(pairs)))
+    for column, (i, y) in enumerate(pairs):
+        sums[i, column] = sums[len(tuples) + y, column] = 1
+    totals = [np.prod(q[list(t)]) for t in tuples]
+    return -linprog(gain, A_eq=sums, b_eq=np.concatenate([totals, p])).fun
+
+
+def k_seq_accepts(p: torch.Tensor, q: torch.Tensor, count: int) -> float:
+    rho = division_factor(p[None], q[None], torch.tensor([count]))
+    return float(1 - (1 - torch.minimum(q, p / rho).sum()) ** count)
+
+
+@pytest.mark.parametrize(("count", "best"), [(1, 0.6), (2, 0.79), (3, 0.871)])
+def test_the_optimum_of_the_golden_pair(count, best):
+    assert optimum(P[0].numpy(), Q[0].numpy(), count) == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_k_seq_comes_near_the_optimum(seed):
+    p, q = (torch.rand(2, 3, generator=dice(seed), dtype=torch.float64) * 5).softmax(-1)
+    found = [k_seq_accepts(p, q, count) for count in (1, 2, 3, 4)]
+    assert found == sorted(found)
+    for count in (1, 2, 3):
+        best = optimum(p.numpy(), q.numpy(), count)
+        assert (1 - (1 - 1 / count) ** count) * best - 1e-9 <= found[count - 1] <= best + 1e-9
+
+
+def test_draws_without_replacement_come_in_the_order_of_sequential_draws():
+    pairs = draw_distinct(Q.expand(ROWS, 4), 2, dice(2))
+    q = Q[0]
+    law = q[:, None] * q / (1 - q)[:, None]
+    assert fits(torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16), law.fill_diagonal_(0).flatten())
 
 
 @pytest.mark.parametrize(("count", "accepted"), [(1, 0.6), (2, 0.764), (4, 1.0)])
 def test_rejection_without_replacement_of_the_golden_pair(count, accepted):
-    tokens = torch.cat([torch.zeros(ROWS, 1, dtype=torch.int64), without_replacement(Q.expand(ROWS, 4), count, dice())], dim=1)
+    tokens = torch.cat([torch.zeros(ROWS, 1, dtype=torch.int64), draw_distinct(Q.expand(ROWS, 4), count, dice())], dim=1)
     shape = TreeShape(torch.tensor([[-1] + [0] * count])).expand(ROWS)
     verdict = rejection(DraftTree(tokens, shape, Q.expand(ROWS, count + 1, 4)), P.expand(ROWS, count + 1, 4), dice(1))
     took = verdict.accepted > 0
@@ -85,8 +123,20 @@ def drawn_tree(parents: list[int], q: torch.Tensor, generator) -> DraftTree:
         laws[:, node] = q[tokens[:, node]]
         children = [i for i, parent in enumerate(parents) if parent == node]
         if children:
-            tokens[:, children] = without_replacement(laws[:, node], len(children), generator)
+            tokens[:, children] = draw_distinct(laws[:, node], len(children), generator)
     return DraftTree(tokens, shape, laws)
+
+
+def continued(tree: DraftTree, verdict: Verdict, p: torch.Tensor, count: int, generator) -> torch.Tensor:
+    """The first ``count`` tokens of each text, (rows, count): the accepted ones, the verdict's, and what the model draws then."""
+    accepted, last = verdict.accepted, verdict.token
+    out = []
+    for place in range(count):
+        at = verdict.path[:, place + 1] if place + 1 < verdict.path.shape[1] else torch.full_like(last, -1)
+        drafted = tree.tokens.gather(1, at.clamp(min=0)[:, None])[:, 0]
+        drawn = draw(p[out[-1]], generator) if out else last
+        out.append(torch.where(place < accepted, drafted, torch.where(place == accepted, last, drawn)))
+    return torch.stack(out, dim=1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -98,16 +148,35 @@ def test_the_first_two_tokens_follow_the_model(name, verifier):
     laws = p[tree.tokens]
     generator = dice(4)
     verdict = match(tree, draw(laws, generator)) if verifier == "match" else rejection(tree, laws, generator)
-    counts = torch.zeros(3, 3)
-    took = verdict.accepted
-    second = torch.where(took > 0, tree.tokens.gather(1, verdict.path[:, 1:2].clamp(min=0))[:, 0], verdict.token)
-    # what stands second where only one token came out is drawn by the next forward: from the model's law
-    drawn = draw(p[second], generator)
-    third = torch.where(took > 0, verdict.token, drawn)
-    if verdict.path.shape[1] > 2:
-        third = torch.where(took > 1, tree.tokens.gather(1, verdict.path[:, 2:3].clamp(min=0))[:, 0], third)
-    counts.view(-1).scatter_add_(0, second * 3 + third, torch.ones(ROWS))
-    assert fits(counts.view(-1), (p[0][:, None] * p).view(-1))
+    two = continued(tree, verdict, p, 2, generator)
+    assert fits(torch.bincount(two @ torch.tensor([3, 1]), minlength=9), (p[0][:, None] * p).flatten())
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 2), (2, 2), (3, 3)])
+def test_with_whole_drafts_the_first_three_tokens_follow_the_model(count, length):
+    p, q = markov(1), markov(2)
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    generator, nodes = dice(3), 1 + torch.arange(count * length).view(count, length)
+    tokens = torch.zeros(ROWS, 1 + count * length, dtype=torch.int64)
+    parents = torch.full((1 + count * length,), -1)
+    for place in range(length):
+        before = nodes[:, place - 1] if place else torch.zeros(count, dtype=torch.int64)
+        parents[nodes[:, place]] = before
+        tokens[:, nodes[:, place]] = draw(q[tokens[:, before]], generator)
+    tree = DraftTree(tokens, TreeShape(parents[None]).expand(ROWS), q[tokens], nodes.expand(ROWS, -1, -1))
+    three = continued(tree, k_seq(tree, p[tokens], generator), p, 3, generator)
+    law = p[0][:, None, None] * p[:, :, None] * p
+    assert fits(torch.bincount(three @ torch.tensor([9, 3, 1]), minlength=27), law.flatten())
+
+
+def test_a_child_that_the_draft_model_cannot_have_drawn_is_passed_over():
+    """With top-k the draft's law may end before a node has all its children."""
+    q = torch.tensor([[0.7, 0.3, 0.0, 0.0]], dtype=torch.float64).expand(ROWS, 4)
+    tokens = torch.cat([torch.zeros(ROWS, 1, dtype=torch.int64), draw_distinct(q, 4, dice())], dim=1)
+    tree = DraftTree(tokens, TreeShape(torch.tensor([[-1, 0, 0, 0, 0]])).expand(ROWS), q[:, None].expand(-1, 5, -1))
+    verdict = rejection(tree, P.expand(ROWS, 5, 4), dice(1))
+    first = continued(tree, verdict, P.expand(4, 4), 1, dice(2))[:, 0]
+    assert fits(torch.bincount(first, minlength=4), P[0])
 
 
 def test_with_one_hot_rows_rejection_is_the_greedy_match():
