@@ -85,6 +85,15 @@ class TreeShape:
         table[row, self.parents[row, node], self.ranks[row, node]] = node
         return table
 
+    @cached_property
+    def levels(self) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Of a shape alike in all rows, whose nodes stand level by level: the nodes of each level below the root, their parents
+        and their ranks."""
+        depths = self.depths[0].tolist()
+        starts = [i for i in range(1, len(depths)) if depths[i] != depths[i - 1]]
+        levels = [slice(first, last) for first, last in zip(starts, [*starts[1:], len(depths)], strict=True)]
+        return [(at, self.parents[0, at], self.ranks[0, at]) for at in levels]
+
     def to(self, device: torch.device | str) -> TreeShape:
         return self if self.parents.device == torch.device(device) else TreeShape(self.parents.to(device))
 
@@ -95,6 +104,7 @@ class TreeShape:
         grown = TreeShape(self.parents.expand(batch, -1))
         for name in ("real", "ancestors", "depths", "ranks", "children"):  # worked out once for all
             grown.__dict__[name] = getattr(self, name).expand(batch, *(-1,) * (getattr(self, name).dim() - 1))
+        grown.__dict__["depth"] = self.depth
         return grown
 
     def paths(self, ends: torch.Tensor) -> torch.Tensor:
