@@ -95,13 +95,24 @@ class TreeShape:
         return [(at, self.parents[0, at], self.ranks[0, at]) for at in levels]
 
     def to(self, device: torch.device | str) -> TreeShape:
-        return self if self.parents.device == torch.device(device) else TreeShape(self.parents.to(device))
+        if self.parents.device == torch.device(device):
+            return self
+        if str(device) not in self._copies:
+            self._copies[str(device)] = TreeShape(self.parents.to(device))
+        return self._copies[str(device)]
+
+    @cached_property
+    def _copies(self) -> dict[str | int, TreeShape]:
+        """The same shape on other devices and for other batches: what is worked out of a fixed one stays."""
+        return {}
 
     def expand(self, batch: int) -> TreeShape:
         """The same shape in every row of a batch."""
         if batch == len(self.parents):
             return self
-        grown = TreeShape(self.parents.expand(batch, -1))
+        if batch in self._copies:
+            return self._copies[batch]
+        grown = self._copies[batch] = TreeShape(self.parents.expand(batch, -1))
         for name in ("real", "ancestors", "depths", "ranks", "children"):  # worked out once for all
             grown.__dict__[name] = getattr(self, name).expand(batch, *(-1,) * (getattr(self, name).dim() - 1))
         grown.__dict__["depth"] = self.depth
