@@ -51,7 +51,10 @@ def branch_attention(layer: KVLayer, call: Call, branches: Branches) -> torch.Te
         stands = (layer.rest.count > 0)[..., None, :].expand(-1, -1, visible.shape[2], -1)
         visible = torch.cat([stands, visible.expand(-1, layer.heads, -1, -1)], dim=-1)
         bias = torch.nn.functional.pad(more, (0, keys.shape[2] - 1))[:, :, None, None]
-    return masked_attention(grouped, keys, values, visible[:, :, None], call.scale, call.softcap, bias).flatten(1, 2)
+    visible = visible.expand(-1, layer.heads, -1, -1)[:, :, None]
+    flat = (t.flatten(0, 1) for t in (grouped, keys, values, visible))  # as the fused kernel wants it
+    bias = None if bias is None else bias.flatten(0, 1)
+    return masked_attention(*flat, call.scale, call.softcap, bias).reshape(*query.shape[:3], -1)
 
 
 def each_branch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Sequence
 
 import torch
 
@@ -39,15 +38,7 @@ def fill(shape: TreeShape, roots: torch.Tensor, successors: torch.Tensor) -> tor
     Args:
         roots: int64 ``(batch,)``; successors: int64 ``(vocabulary, ranks)``.
     """
-    parents, ranks, depths = (t[0].tolist() for t in (shape.parents, shape.ranks, shape.depths))
     tokens = roots[:, None].expand(-1, shape.nodes).clone()
-    for first, last in _levels(depths):
-        at = slice(first, last)
-        tokens[:, at] = successors[tokens[:, parents[at]], torch.tensor(ranks[at], device=roots.device)]
+    for at, parents, ranks in shape.levels:
+        tokens[:, at] = successors[tokens[:, parents], ranks].to(tokens.dtype)
     return tokens
-
-
-def _levels(depths: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last node of every level below the root, in a tree whose nodes stand level by level."""
-    starts = [i for i in range(1, len(depths)) if depths[i] != depths[i - 1]]
-    return list(zip(starts, [*starts[1:], len(depths)], strict=True))

@@ -30,8 +30,9 @@ class _Recycler(Drafter):
             self._learn_prompt()
 
     def propose(self, text: Text, room: int) -> DraftTree:
-        shape = best_tree(tuple(row[: self.table.shape[1]] for row in HITS[:room]), self.method.nodes).expand(len(text.rows))
-        return DraftTree(fill(shape, text.roots(self.table.device), self.table.long()), shape)
+        shape = best_tree(tuple(row[: self.table.shape[1]] for row in HITS[:room]), self.method.nodes)
+        tokens = fill(shape.to(self.table.device), text.roots(self.table.device), self.table)
+        return DraftTree(tokens, shape.expand(len(text.rows)))
 
     def observe(self, step: Step, text: Text) -> None:
         """Every node of the tree teaches its successors. Of equal tokens the last accepted one counts, else the last: a plain

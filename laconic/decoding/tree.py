@@ -85,16 +85,37 @@ class TreeShape:
         table[row, self.parents[row, node], self.ranks[row, node]] = node
         return table
 
+    @cached_property
+    def levels(self) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Of a shape alike in all rows, whose nodes stand level by level: the nodes of each level below the root, their parents
+        and their ranks."""
+        depths = self.depths[0].tolist()
+        starts = [i for i in range(1, len(depths)) if depths[i] != depths[i - 1]]
+        levels = [slice(first, last) for first, last in zip(starts, [*starts[1:], len(depths)], strict=True)]
+        return [(at, self.parents[0, at], self.ranks[0, at]) for at in levels]
+
     def to(self, device: torch.device | str) -> TreeShape:
-        return self if self.parents.device == torch.device(device) else TreeShape(self.parents.to(device))
+        if self.parents.device == torch.device(device):
+            return self
+        if str(device) not in self._copies:
+            self._copies[str(device)] = TreeShape(self.parents.to(device))
+        return self._copies[str(device)]
+
+    @cached_property
+    def _copies(self) -> dict[str | int, TreeShape]:
+        """The same shape on other devices and for other batches: what is worked out of a fixed one stays."""
+        return {}
 
     def expand(self, batch: int) -> TreeShape:
         """The same shape in every row of a batch."""
         if batch == len(self.parents):
             return self
-        grown = TreeShape(self.parents.expand(batch, -1))
+        if batch in self._copies:
+            return self._copies[batch]
+        grown = self._copies[batch] = TreeShape(self.parents.expand(batch, -1))
         for name in ("real", "ancestors", "depths", "ranks", "children"):  # worked out once for all
             grown.__dict__[name] = getattr(self, name).expand(batch, *(-1,) * (getattr(self, name).dim() - 1))
+        grown.__dict__["depth"] = self.depth
         return grown
 
     def paths(self, ends: torch.Tensor) -> torch.Tensor:

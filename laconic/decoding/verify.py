@@ -65,6 +65,8 @@ def match(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
         chosen: int64 ``(batch, nodes)``: the token that the model puts after each node.
     """
     shape = tree.shape
+    if shape.nodes == 1:  # nothing was drafted
+        return Verdict(torch.zeros_like(chosen), chosen[:, 0])
     above = shape.parents.clamp(min=0)
     right = (tree.tokens == chosen.gather(1, above)) & (shape.parents >= 0)
     right[:, 0] = True
