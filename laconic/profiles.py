@@ -2,10 +2,10 @@
 
 A method that needs one says ``needs = "calibration"``, has a parameter ``profile`` (a path; empty for the one that comes with a
 built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON; one that learns from right
-answers takes ``answers=None`` too, one that draws random numbers ``seed``, one that is trained as long as one likes ``steps``. ``find_profile`` gives the tables back, and refuses
-those of another model in one sentence that names the command which makes them. Where ``calibrates_on`` is "pictures", the texts
-are the inputs of prompts with pictures, one dict of tensors each; where it is "answered pictures", those that the model answers
-right, and ``answers`` what it says itself.
+answers takes ``answers=None`` too, one that draws random numbers ``seed``, one that can be trained longer ``steps``.
+``find_profile`` gives the tables back, and refuses those of another model in one sentence that names the command which makes
+them. Where ``calibrates_on`` is "pictures", the texts are the inputs of prompts with pictures, one dict of tensors each; where it
+is "answered pictures", those that the model answers right, and ``answers`` what it says itself.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ CONTEXT, REPEATS = 256, 5
 
 @torch.inference_mode()
 def forward_seconds(model: torch.nn.Module, rows: tuple[int, ...] = ROWS) -> list[tuple[int, float]]:
-    """Median time of a forward of ``rows`` tokens behind a text of 256, or of half of what the model can hold, on this machine."""
+    """Median time of forwards of ``rows`` tokens behind a text of 256, or half of what the model can hold, on this machine."""
     with apply(model, "dense") as handle:
         runner, found = Runner(handle), []
         room = (runner.limit or 4 * CONTEXT) // 2

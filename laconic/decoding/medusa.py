@@ -10,7 +10,7 @@ import torch
 
 from laconic.budget import Budget
 from laconic.decoding.base import Drafter, DraftMethod, Setting, Step
-from laconic.decoding.distill import RANKS, Lesson, distill
+from laconic.decoding.distill import Lesson, distill
 from laconic.decoding.sampling import Text
 from laconic.decoding.templates import best_tree, guessed
 from laconic.decoding.tree import DraftTree
@@ -105,7 +105,7 @@ class Medusa(DraftMethod):
         """Trains the heads.
 
         Returns:
-            ``weights``: of ``Heads``; ``accuracy``: ``[heads][ranks]``, how often each guess is right; ``steps``.
+            ``weights``: of ``Heads``; and what ``distill`` says of them.
         """
         heads = Heads(HEADS, model.config.get_text_config().hidden_size).to(model.device)
         output = model.get_output_embeddings()
@@ -114,5 +114,5 @@ class Medusa(DraftMethod):
             return output(heads(lesson.hidden).to(output.weight.dtype))
 
         with frozen(model):
-            table = distill(model, guess, list(heads.parameters()), texts, ahead=HEADS, steps=steps, rate=RATE, seed=seed)
-        return {"weights": weights_to_json(heads), "accuracy": table, "ranks": RANKS, "steps": steps}
+            found = distill(model, guess, list(heads.parameters()), texts, ahead=HEADS, steps=steps, rate=RATE, seed=seed)
+        return {"weights": weights_to_json(heads), **found}

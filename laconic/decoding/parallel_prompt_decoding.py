@@ -21,7 +21,7 @@ from laconic.profiles import find_profile, frozen, need_file, weights_from_json,
 from laconic.registry import register
 
 AHEAD = 3  # prompt tokens
-STEPS, RATE = 1000, 0.01  # of training; the rate is in standard deviations of the model's own embeddings
+STEPS, RATE = 1000, 0.03  # of training; the rate is in standard deviations of the model's own embeddings
 LENGTHS = ("budget", "latency")
 
 
@@ -33,7 +33,8 @@ class _Prompted(Drafter):
         self.ahead = len(self.prompts)
         if self.ahead:
             table = tuple(tuple(row) for row in tables["accuracy"][: self.ahead])
-            method.require(method.nodes >= self.ahead + 2, f"{self.ahead} prompt tokens need a budget of {self.ahead + 2} or more.")
+            least = self.ahead + 2  # one guess with one row behind it
+            method.require(method.nodes >= least, f"{self.ahead} prompt tokens need a budget of {least} or more.")
             length = method.nodes
             if method.length == "latency":
                 length = best_length(table, [tuple(pair) for pair in tables["seconds"]], length)
@@ -95,7 +96,7 @@ class ParallelPromptDecoding(DraftMethod):
     budget: Budget = parameter(Budget(amount=24), "rows behind the newest token in each forward")  # noqa: RUF009
     ahead: int = parameter(AHEAD, "prompt tokens, as many as were trained at most; 0 drafts nothing", least=0, search=(2,))
     length: str = parameter(
-        "budget", "rows that are used: budget, all of it; latency: as many of it as are fastest, by the profile's times", search=()
+        "budget", "rows that are used: budget, all of it; latency: as many as are fastest by the profile's times", search=()
     )
     profile: str = parameter(
         "", "a file of laconic profile parallel_prompt_decoding; empty: the one that comes with a built-in model"
@@ -115,8 +116,8 @@ class ParallelPromptDecoding(DraftMethod):
         """Trains the embeddings, from those of random tokens on.
 
         Returns:
-            ``weights``: ``prompts`` (ahead, hidden); ``accuracy``: ``[ahead][ranks]``, how often each guess is right;
-            ``untrained``: the same before training; ``seconds``: of a forward by its rows on this machine, pairs; ``steps``.
+            ``weights``: ``prompts`` (ahead, hidden), and what ``distill`` says of them; ``untrained``: the accuracy before
+            training; ``seconds``: of a forward by its rows on this machine, pairs.
         """
         table = model.get_input_embeddings().weight.detach().float()
         size = table.std()
@@ -128,9 +129,6 @@ class ParallelPromptDecoding(DraftMethod):
 
         with frozen(model):
             before = accuracy(model, guess, kept_apart(texts)[1], AHEAD, seed)
-            after = distill(model, guess, [scaled], texts, ahead=AHEAD, steps=steps, rate=RATE, seed=seed)
+            found = distill(model, guess, [scaled], texts, ahead=AHEAD, steps=steps, rate=RATE, seed=seed)
         holder = torch.nn.ParameterDict({"prompts": torch.nn.Parameter(scaled.detach() * size)})
-        return {
-            "weights": weights_to_json(holder), "accuracy": after, "untrained": before, "seconds": forward_seconds(model),
-            "steps": steps,
-        }  # fmt: skip
+        return {"weights": weights_to_json(holder), "untrained": before, "seconds": forward_seconds(model), **found}
