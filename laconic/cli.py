@@ -550,6 +550,9 @@ def profile(
     tokens: Annotated[int, typer.Option("--tokens", min=64, help="Length of each sample.")] = 1024,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to calibrate on.")] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the built-in prompts.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps of training, for methods that can be trained longer.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -561,7 +564,8 @@ def profile(
     of right answers, and then the mean log-probability of these; without answers, minus the entropy of the next token. It is
     the highest of many, so check it on other prompts.
 
-    dhsa, duo_attention and explain_prune are trained, explain_prune on those prompts that the model answers right.
+    dhsa, duo_attention and explain_prune are trained, explain_prune on those prompts that the model answers right. What drafts,
+    parallel_prompt_decoding and medusa, is trained on what the model says itself after many places of the texts: give a long one.
 
     \b
     Examples:
@@ -570,6 +574,7 @@ def profile(
       laconic profile zerotuning --model PATH_OR_HUB_ID --task mine.jsonl --samples 40 --output zt.json
       laconic profile attention_debias --model PATH_OR_HUB_ID --samples 40 --output debias.json
       laconic profile explain_prune --model PATH_OR_HUB_ID --samples 2000 --output explain.json
+      laconic profile medusa --model PATH_OR_HUB_ID --text mine.txt --samples 500 --steps 2000 --output medusa.json
       laconic compare --model PATH_OR_HUB_ID --methods "fasa(profile=fasa.json)" --budgets 10%
     """
     from dataclasses import asdict
@@ -588,7 +593,7 @@ def profile(
         texts, answers = answered_pictures(network, tokenizer, task, samples, seed)
     else:
         texts, answers = calibration_texts(tokenizer, text, task, tokens, samples, seed)
-    made = make_profile(method, network, texts, seed, answers)
+    made = make_profile(method, network, texts, seed, answers, steps)
     made.save(output)
     if as_json:
         _print_json(asdict(made))

@@ -2,20 +2,21 @@
 
 A method that needs one says ``needs = "calibration"``, has a parameter ``profile`` (a path; empty for the one that comes with a
 built-in model) and a class method ``calibrate(model, texts) -> tables``, whose tables are JSON; one that learns from right
-answers takes ``answers=None`` too, one that draws random numbers ``seed``. ``find_profile`` gives the tables back, and refuses
-those of another model in one sentence that names the command which makes them. Where ``calibrates_on`` is "pictures", the texts
-are the inputs of prompts with pictures, one dict of tensors each; where it is "answered pictures", those that the model answers
-right, and ``answers`` what it says itself.
+answers takes ``answers=None`` too, one that draws random numbers ``seed``, one that can be trained longer ``steps``.
+``find_profile`` gives the tables back, and refuses those of another model in one sentence that names the command which makes
+them. Where ``calibrates_on`` is "pictures", the texts are the inputs of prompts with pictures, one dict of tensors each; where it
+is "answered pictures", those that the model answers right, and ``answers`` what it says itself.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,19 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, no weight of the model takes gradients."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
 def weights_to_json(module: torch.nn.Module) -> dict[str, Any]:
     """The weights of a small network: 16-bit floats in base64, by name, with their shapes."""
     return {
@@ -105,8 +119,10 @@ def make_profile(
     texts: Sequence[torch.Tensor | dict[str, torch.Tensor]],
     seed: int,
     answers: Sequence[torch.Tensor] | None = None,
+    steps: int | None = None,
 ) -> Profile:
-    """Calibrates ``method`` on token ids, one 1-D tensor per text; on right ``answers`` to them, where it learns from such.
+    """Calibrates ``method`` on token ids, one 1-D tensor per text; on right ``answers`` to them, where it learns from such; in
+    so many ``steps``, where it is trained (by default its own number).
 
     A method that calibrates on pictures gets the inputs of a prompt, a dict, in the place of its token ids.
     """
@@ -116,7 +132,10 @@ def make_profile(
     if not hasattr(cls, "calibrate"):
         raise LaconicError(f"{method} needs no profile: use it as it is.")
     taken = inspect.signature(cls.calibrate).parameters
-    options = {k: v for k, v in {"answers": answers, "seed": seed}.items() if v is not None and k in taken}
+    if steps is not None and "steps" not in taken:
+        raise LaconicError(f"{method} has no number of training steps: leave it out.")
+    given = {"answers": answers, "seed": seed, "steps": steps}
+    options = {k: v for k, v in given.items() if v is not None and k in taken}
     used = [*(t["input_ids"].flatten() if isinstance(t, dict) else t for t in texts), *options.get("answers", [])]
     data = hashlib.sha256(b"".join(ids.to(torch.int64).numpy().tobytes() for ids in used)).hexdigest()[:16]
     return Profile(method, fingerprint(model), seed, data, cls.calibrate(model, texts, **options))

@@ -15,7 +15,7 @@ from laconic.attention.retrieval_heads import RetrievalHeads, calibrated, ranked
 from laconic.cache import KVLayer
 from laconic.claims import Claim
 from laconic.method import parameter
-from laconic.profiles import layer_tables
+from laconic.profiles import frozen, layer_tables
 from laconic.registry import register
 
 STEPS, RATE, COST = 60, 0.05, 0.05  # of learning the gates: steps, learning rate, and what an open gate costs
@@ -63,25 +63,18 @@ class DuoAttention(RetrievalHeads):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         gates = torch.ones(config.num_hidden_layers, heads, device=model.device, requires_grad=True)
         optimizer = torch.optim.Adam([gates], lr=RATE)
-        frozen = [p for p in model.parameters() if p.requires_grad]
-        for p in frozen:
-            p.requires_grad_(False)
-        try:
-            with apply(model, "dense") as handle:
-                for step in range(STEPS):
-                    at = step % len(texts)
-                    ids, last = texts[at], LAST
-                    if answers is not None:
-                        ids, last = torch.cat([ids, answers[at]]), len(answers[at]) + 1
-                    loss = _distance(model, handle, ids.to(model.device), last, gates) + COST * gates.abs().mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    with torch.no_grad():
-                        gates.clamp_(0, 1)
-        finally:
-            for p in frozen:
-                p.requires_grad_(True)
+        with frozen(model), apply(model, "dense") as handle:
+            for step in range(STEPS):
+                at = step % len(texts)
+                ids, last = texts[at], LAST
+                if answers is not None:
+                    ids, last = torch.cat([ids, answers[at]]), len(answers[at]) + 1
+                loss = _distance(model, handle, ids.to(model.device), last, gates) + COST * gates.abs().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    gates.clamp_(0, 1)
         return {"gates": calibrated(list(gates.detach().cpu()))}
 
 

@@ -14,14 +14,17 @@ from laconic.decoding.tree import DraftTree
 from laconic.decoding.verify import Verdict
 from laconic.method import Method, parameter
 
+LOSSY = ("typical", "trust")  # verifiers that let through what the model would not have said
+
 
 @dataclass(frozen=True)
 class Step:
     """One forward of the target model, for a drafter to learn from.
 
     Attributes:
-        tree: what was checked. output: the model's, with ``logits`` ``(batch, nodes, vocabulary)`` and, where the method asks for
-            them, ``hidden_states``. scores: the logits as processors left them. verdict: what came of it.
+        tree: what was checked. output: the model's, with ``logits`` ``(batch, nodes, vocabulary)``, those of prompt rows behind
+            them, and, where the method asks for them, ``hidden_states``. scores: the logits of nodes as processors left them.
+            verdict: what came of it.
     """
 
     tree: DraftTree
@@ -114,7 +117,7 @@ class DraftMethod(Method):
     @property
     def promise(self) -> str:
         """The guarantee with these parameters."""
-        return "lossy" if self.verifier == "typical" else self.guarantee
+        return "lossy" if self.verifier in LOSSY else self.guarantee
 
     def drafter(self, setting: Setting) -> Drafter:
         """The state of a new run."""

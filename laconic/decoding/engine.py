@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from laconic.decoding.base import Drafter, DraftMethod, Setting, Step
 from laconic.decoding.runner import Runner
 from laconic.decoding.sampling import Sampling, Text
 from laconic.decoding.tree import DraftTree
-from laconic.decoding.verify import Verdict, k_seq, match, rejection, typical
+from laconic.decoding.verify import Verdict, k_seq, match, rejection, trust, typical
 from laconic.errors import LaconicError
 from laconic.hooks import Handle, apply
 from laconic.recipe import Recipe
@@ -154,13 +155,13 @@ class _Run:
         tree = self.drafter.propose(self.text, room) if self.drafter is not None and room > 0 else plain
         self.result.draft_s += time.perf_counter() - begun
         tokens = tree.tokens.to(self.device)
-        output = self.runner.run(tokens, tree.shape) if tree.nodes > 1 else self.runner.step(tokens[:, 0])
-        tree = DraftTree(tokens, tree.shape.to(self.device), tree.laws, tree.drafts)
-        scores = self.sampling.scores(output.logits, self.text, tree)
+        output = self.runner.step(tokens[:, 0]) if tree.plain else self.runner.run(tokens, tree.shape, tree.prompts)
+        tree = dataclasses.replace(tree, tokens=tokens, shape=tree.shape.to(self.device))
+        scores = self.sampling.scores(output.logits[:, : tree.nodes], self.text, tree)
         verdict = self._verify(tree, scores)
         path = verdict.path.cpu()
         path = path[:, : int((path >= 0).sum(-1).max())]
-        if tree.nodes > 1:
+        if not tree.plain:
             self.runner.settle(path)
         drafted = tree.tokens.cpu().gather(1, path.clamp(min=0)).tolist()
         kept, last = (path >= 0).sum(-1).tolist(), verdict.token.tolist()
@@ -185,6 +186,8 @@ class _Run:
 
     def _verify(self, tree: DraftTree, scores: torch.Tensor) -> Verdict:
         name = self.method.verifier if self.method is not None and tree.nodes > 1 else "match"
+        if name == "trust":
+            return trust(tree, self.sampling.choose(scores, self.generator))
         if name == "typical":
             law = self.sampling.soft(scores, self.sampling.temperature or 1.0)
             return typical(tree, law, self.sampling.choose(scores, self.generator))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from laconic.attention.branches import Branches
-from laconic.decoding.tree import TreeShape
+from laconic.decoding.tree import PromptRows, TreeShape
 from laconic.errors import LaconicError
 from laconic.hooks import Handle, cache_name
 
@@ -65,26 +65,33 @@ class Runner:
         self.lengths = self.lengths + 1
         return output
 
-    def run(self, tokens: torch.Tensor, shape: TreeShape) -> Any:
+    def run(self, tokens: torch.Tensor, shape: TreeShape, prompts: PromptRows | None = None) -> Any:
         """The output for a draft tree, with the logits ``(batch, nodes, vocabulary)`` after every node.
 
         Args:
             tokens: int64 ``(batch, nodes)``.
+            prompts: rows behind the nodes; then there are logits of nodes and rows.
         """
-        return self._grow(tokens, shape.ancestors, shape.depths)
+        if prompts is None:
+            return self._grow({"input_ids": tokens}, shape.ancestors, shape.depths)
+        own = self.model.get_input_embeddings()(tokens)
+        embeddings = torch.cat([own, prompts.embeddings.to(own)], dim=1)
+        return self._grow({"inputs_embeds": embeddings}, prompts.shape.ancestors, prompts.shape.depths)
 
     def grow(self, tokens: torch.Tensor, parents: torch.Tensor) -> Any:
         """As ``run``, for nodes ``(batch, new)`` whose parents are among the pending ones; -1 for empty ones."""
         real, above = parents >= 0, parents.clamp(min=0)
         own = torch.eye(tokens.shape[1], dtype=torch.bool).expand(len(tokens), -1, -1)
         sees = torch.cat([self._sees.gather(1, above[..., None].expand(-1, -1, self.pending)), own], dim=-1)
-        return self._grow(tokens, sees & real[..., None], torch.where(real, self._depths.gather(1, above) + 1, -1))
+        depths = torch.where(real, self._depths.gather(1, above) + 1, -1)
+        return self._grow({"input_ids": tokens}, sees & real[..., None], depths)
 
-    def _grow(self, tokens: torch.Tensor, sees: torch.Tensor, depths: torch.Tensor) -> Any:
-        old, new = self.pending, tokens.shape[1]
+    def _grow(self, rows: dict[str, torch.Tensor], sees: torch.Tensor, depths: torch.Tensor) -> Any:
+        old, new = self.pending, depths.shape[1]
         positions = torch.where(depths < 0, -1, self.lengths[:, None] + depths)
-        self.cache.request.branches = Branches(positions.to(tokens.device), sees.to(tokens.device))
-        output = self._forward({"input_ids": tokens, **self._places(positions.clamp(min=0))})
+        device = self.model.device
+        self.cache.request.branches = Branches(positions.to(device), sees.to(device))
+        output = self._forward({**rows, **self._places(positions.clamp(min=0))})
         self._sees = sees if not old else torch.cat([torch.nn.functional.pad(self._sees, (0, new)), sees], dim=1)
         self._depths = depths if not old else torch.cat([self._depths, depths], dim=1)
         self.pending = old + new
@@ -102,7 +109,7 @@ class Runner:
 
     def _forward(self, arguments: dict[str, Any]) -> Any:
         self.forwards += 1
-        self.rows += arguments["input_ids"].numel()
+        self.rows += arguments.get("input_ids", arguments.get("inputs_embeds")).shape[:2].numel()
         try:
             return self.model(**arguments, **{self._cache_name: self.cache}, use_cache=True, output_hidden_states=self.hidden)
         except TypeError as error:

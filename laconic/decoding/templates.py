@@ -42,3 +42,23 @@ def fill(shape: TreeShape, roots: torch.Tensor, successors: torch.Tensor) -> tor
     for at, parents, ranks in shape.levels:
         tokens[:, at] = successors[tokens[:, parents], ranks].to(tokens.dtype)
     return tokens
+
+
+def worths(shape: TreeShape, accuracy: Sequence[Sequence[float]]) -> torch.Tensor:
+    """float64 ``(nodes,)``: how likely each node of a fixed tree is right, as in ``best_tree``; 1 for the root."""
+    depths, ranks = shape.depths[0], shape.ranks[0]
+    own = torch.ones(shape.nodes, dtype=torch.float64)
+    own[1:] = torch.tensor(accuracy, dtype=torch.float64)[depths[1:] - 1, ranks[1:]]
+    return torch.where(shape.ancestors[0], own, 1.0).prod(-1)
+
+
+def guessed(shape: TreeShape, roots: torch.Tensor, guesses: torch.Tensor) -> torch.Tensor:
+    """Tokens ``(batch, nodes)`` of trees in which a node is the guess of its own rank for its depth, whatever stands before it.
+
+    Args:
+        roots: int64 ``(batch,)``; guesses: int64 ``(batch, depths, ranks)``.
+    """
+    place = (shape.depths - 1).clamp(min=0) * guesses.shape[2] + shape.ranks
+    tokens = guesses.flatten(1).gather(1, place.to(guesses.device))
+    tokens[:, 0] = roots
+    return tokens

@@ -127,6 +127,20 @@ class TreeShape:
 
 
 @dataclass(frozen=True, eq=False)
+class PromptRows:
+    """Rows that a forward computes behind the nodes of a draft: no tokens but embeddings. They are never accepted; what the model
+    says there is for the drafter.
+
+    Attributes:
+        shape: of the nodes and, behind them, of these rows, each of which hangs on a node or on an earlier row.
+        embeddings: ``(batch, rows, hidden)``, as the model's own table gives them.
+    """
+
+    shape: TreeShape
+    embeddings: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class DraftTree:
     """Tokens on a shape.
 
@@ -136,12 +150,14 @@ class DraftTree:
             rows of leaves mean nothing.
         drafts: int64 ``(batch, drafts, length)``: the node of each token of each draft, where whole drafts were drawn
             independently and share nodes; -1 behind the last.
+        prompts: rows without tokens that the same forward computes.
     """
 
     tokens: torch.Tensor
     shape: TreeShape
     laws: torch.Tensor | None = None
     drafts: torch.Tensor | None = None
+    prompts: PromptRows | None = None
 
     @classmethod
     def chain(cls, tokens: torch.Tensor, laws: torch.Tensor | None = None) -> DraftTree:
@@ -159,6 +175,11 @@ class DraftTree:
     @property
     def nodes(self) -> int:
         return self.shape.nodes
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but the newest token."""
+        return self.nodes == 1 and self.prompts is None
 
 
 def trie(root: int, continuations: Sequence[Sequence[int]], limit: int) -> tuple[list[int], list[int]]:

@@ -9,6 +9,7 @@ All rows of a batch are verified at once, level by level, without asking the dev
 | ``rejection`` | tokens of the law p | children drawn without replacement from ``laws`` |
 | ``k_seq`` | tokens of the law p | independent drafts from ``laws`` |
 | ``typical`` | likely tokens, of another law | nothing |
+| ``trust`` | whatever was drafted | that it drafts only what it is sure of |
 """
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ def match(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
     reached = ~(shape.ancestors & ~right[:, None, :]).any(-1) & shape.real
     end = shape.depths.masked_fill(~reached, NONE).argmax(-1)
     return Verdict(shape.paths(end), chosen.gather(1, end[:, None])[:, 0])
+
+
+def trust(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
+    """Accepts the deepest path of the draft unread, the first of equals, and what the model chose behind it. Lossy."""
+    end = tree.shape.depths.argmax(-1)
+    return Verdict(tree.shape.paths(end), chosen.gather(1, end[:, None])[:, 0])
 
 
 def rejection(tree: DraftTree, p: torch.Tensor, generator: torch.Generator | None = None) -> Verdict:
