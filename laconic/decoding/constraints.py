@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -296,8 +297,8 @@ def _grammar(grammar: str, name: str, tokenizer: Any) -> Constraint:
     vocabulary, lib = Vocabulary.of(tokenizer), _guidance()
     matcher = lib.LLMatcher(vocabulary.guidance, lib.LLMatcher.grammar_from_lark(FREE + grammar), log_level=0)
     if matcher.is_error():
-        reason = " ".join(matcher.get_error().split("<state>")[0].split())
-        raise LaconicError(f"{name} cannot be used: {quote(reason, 300)}.")
+        reason = re.split(r"\s+\d+ \| ", matcher.get_error().split("<state>")[0])[0]  # without the lines of the grammar
+        raise LaconicError(f"{name} cannot be used: {quote(' '.join(reason.split()), 300)}.")
     start = _Matched(vocabulary, matcher)
     if not start.mask().any():
         raise LaconicError(f"{name} cannot be satisfied: no text matches.")
