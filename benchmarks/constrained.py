@@ -1,8 +1,8 @@
 """Controlled sampling in numbers: ``python benchmarks/constrained.py [--model PATH] [--parts zipf,toy,model,adadec,reflex]``.
 
 Prints one JSON object. ``zipf``: checks per draw over a Zipf law of 20,000 tokens. ``toy``: error of the posterior of two steps,
-which is known. ``model``: checks and time per token of a model under a pattern and a JSON schema, of AWRS, of masks tested token by
-token and of the grammar library's own masks. ``adadec``: the rest of held-out lines of Python, greedy, AdaDec and beams of 3.
+which is known. ``model``: checks and time per token of a model under a pattern and a JSON schema, of AWRS, of masks tested token
+by token and of the grammar library's own masks. ``adadec``: the rest of held-out lines of Python, greedy, AdaDec and beams of 3.
 ``reflex``: a Markov reasoner with words of reflection. The parts ``model`` and ``adadec`` need a model that writes text.
 """
 
@@ -89,7 +89,8 @@ def constrained(model, tokenizer, particles: int = 10, seeds: int = 3) -> list[d
     """Checks and time per token of a model."""
     inputs, rows = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False), []
     made = {
-        "pattern": regex(PATTERN, tokenizer), "pattern, in Python": sentence(tokenizer), "JSON schema": json_schema(SCHEMA, tokenizer),
+        "pattern": regex(PATTERN, tokenizer), "pattern, in Python": sentence(tokenizer),
+        "JSON schema": json_schema(SCHEMA, tokenizer),
     }  # fmt: skip
     ways = ("awrs", "awrs(proper_weights=false)", "masking", "masking(proper_weights=true)", "masking(whole=false)")
     sample(model, inputs, made["pattern"], "masking", max_new_tokens=4)  # compiles
@@ -169,7 +170,8 @@ def reflex(runs: int = 20_000, most: int = 600, steps: int = 60, seed: int = 0) 
     """A reasoner in three states. Thinking makes progress and now and then an error; reflecting repairs one error, or without one
     throws the thread away and costs progress; after ``steps`` of progress it answers, rightly if no error is left."""
     rows = []
-    periods = {"none": None, "+3": 3.0, "-3": -3.0, "cyclic, period 60": 60, "cyclic, period 120": 120, "cyclic, period 240": 240}
+    periods = {"none": None, "+3": 3.0, "+2": 2.0, "-2": -2.0, "-3": -3.0, "cyclic, period 60": 60, "cyclic, period 120": 120,
+               "cyclic, period 240": 240}  # fmt: skip
     for bias in (-4.0, -2.0, 0.0):
         for name, kind in periods.items():
             rng = np.random.default_rng(seed)
