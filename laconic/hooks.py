@@ -97,7 +97,7 @@ class Handle:
     def cache(self) -> KVCache:
         """A new, empty cache for a request that is run by hand: ``model(ids, past_key_values=handle.cache())``."""
         cache = KVCache(self._layers, reserve=self.reserve)
-        self._adopt(cache)
+        self.serve(cache)
         return cache
 
     @property
@@ -161,8 +161,8 @@ class Handle:
                 part.remove()
         self._shrinker = self._watch = self._neurons = None
 
-    def _adopt(self, cache: KVCache) -> None:
-        """Makes this handle's policy serve ``cache``."""
+    def serve(self, cache: KVCache) -> None:
+        """Makes this handle's policy serve ``cache``, which is the latest from now on."""
         cache.request.policy = self.policy
         for layer in cache.layers:
             layer.rope = self._rope
@@ -182,7 +182,7 @@ class Handle:
             changes[cache_name(self.model)] = cache
         elif not isinstance(cache, KVCache):
             _take_over(cache, self._layers, self.reserve, arguments.get("attention_mask"))
-        self._adopt(cache)
+        self.serve(cache)
         branches = cache.request.branches
         cache.request.positions = _positions(arguments, cache.get_seq_length()) if branches is None else branches.positions
         if self.entry is not None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from laconic.budget import Budget
 from laconic.claims import Claim
-from laconic.decoding.sampling import Sampling, Text
+from laconic.decoding.sampling import Processor, Sampling, Text
 from laconic.decoding.tree import DraftTree
 from laconic.decoding.verify import Verdict
 from laconic.method import Method, parameter
+
+if TYPE_CHECKING:
+    from laconic.decoding.runner import Runner
 
 LOSSY = ("typical", "trust")  # verifiers that let through what the model would not have said
 
@@ -39,6 +43,7 @@ class Setting:
 
     Attributes:
         prefill: the model's output for the prompt.
+        tokenizer, ends, stop: as ``decode`` was given them.
     """
 
     model: torch.nn.Module
@@ -47,6 +52,9 @@ class Setting:
     generator: torch.Generator | None
     prefill: Any = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+    ends: frozenset[int] = frozenset()
+    stop: Callable[[int, list[int]], bool] | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -122,3 +130,41 @@ class DraftMethod(Method):
     def drafter(self, setting: Setting) -> Drafter:
         """The state of a new run."""
         raise NotImplementedError
+
+
+class Chooser:
+    """Chooses the next token of every row in the place of ``Sampling.choose``. The state of one run."""
+
+    def choose(self, runner: Runner, logits: torch.Tensor, scores: torch.Tensor, text: Text) -> torch.Tensor:
+        """int64 ``(batch,)``. Leaves ``runner`` as it was: what looks ahead does so on ``runner.branch(rows)``.
+
+        Args:
+            logits: ``(batch, vocabulary)``, the model's own; scores: as processors left them.
+        """
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, int]:
+        """What it counted; ``forwards`` and ``nodes`` are those that looking ahead took."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleMethod(Method):
+    """Base of methods that change which token comes next: by a processor, or in the place of the choice at a step.
+
+    Order: processors, temperature, top-k, top-p, as in transformers; a chooser gets the logits before and after processors.
+    A method with a loop of its own (``entry``) is run by that function, and refused by ``decode``.
+    """
+
+    stage: ClassVar[str] = "sample"
+    takes_budget: ClassVar[bool] = False
+    claims: ClassVar[tuple[Claim, ...]] = ()
+    entry: ClassVar[str] = ""  # the function that runs it, where that is not decode
+
+    def processors(self, setting: Setting) -> tuple[Processor, ...]:
+        """Processors for ``Sampling``, new for every run."""
+        return ()
+
+    def chooser(self, setting: Setting) -> Chooser | None:
+        """The state of a new run, where the method chooses itself."""
+        return None

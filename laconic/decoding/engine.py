@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from laconic.decoding.base import Drafter, DraftMethod, Setting, Step
+from laconic.decoding.base import Chooser, Drafter, DraftMethod, SampleMethod, Setting, Step
 from laconic.decoding.runner import Runner
 from laconic.decoding.sampling import Sampling, Text
 from laconic.decoding.tree import DraftTree
@@ -43,6 +43,7 @@ class Decoded:
         draft_bytes: memory of the drafter.
         stats: the cache's figures, see ``Handle.stats``.
         drafter: what knows what the run has taught it, for a hot start of the next one.
+        figures: what a method that chooses tokens itself counted.
     """
 
     rows: list[list[int]]
@@ -56,6 +57,7 @@ class Decoded:
     draft_bytes: int = 0
     stats: dict[str, Any] = field(default_factory=dict)
     drafter: Drafter | None = None
+    figures: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens_per_forward(self) -> float | None:
@@ -76,29 +78,32 @@ def decode(
     stop: Callable[[int, list[int]], bool] | None = None,
     watch: Callable[[Progress], None] | None = None,
     drafter: Drafter | None = None,
+    tokenizer: Any = None,
 ) -> Decoded:
     """Continues prompts, with what a recipe drafts.
 
     Args:
         inputs: ``input_ids`` and, for prompts of different lengths, ``attention_mask`` (batch, n), padded on the left.
-        recipe: methods of the cache, and at most one that drafts.
+        recipe: methods of the cache, at most one that drafts, and methods of the stage "sample".
         sampling: by default greedy.
         seed: or a generator, for sampling; None takes torch's own.
         ends: tokens that end a text, kept as its last.
         stop: says of a row and its new tokens whether it is finished.
         watch: told of every step.
         drafter: of an earlier run, to go on with what it knows (a hot start); by default the recipe's, new.
+        tokenizer: for methods that look for words, such as ``cyclic_reflex``.
 
     Raises:
         LaconicError: where the methods do not fit together or the model.
     """
     recipe = Recipe.parse(recipe)
-    method = drafting(recipe)
-    rest = tuple(m for m in recipe.methods if m is not method)
+    method, samplers = drafting(recipe), choosing(recipe)
+    rest = tuple(m for m in recipe.methods if m is not method and m not in samplers)
     generator = torch.Generator(model.device).manual_seed(seed) if isinstance(seed, int) else seed
     with torch.inference_mode(), apply(model, Recipe(rest) if rest else "dense") as handle:
         run = _Run(handle, inputs, method, sampling or Sampling(), generator, drafter)
-        return run(max_new_tokens, frozenset(ends), stop, watch)
+        run.set_up(samplers, tokenizer, frozenset(ends), stop)
+        return run(max_new_tokens, watch)
 
 
 def drafting(recipe: Recipe) -> DraftMethod | None:
@@ -107,6 +112,15 @@ def drafting(recipe: Recipe) -> DraftMethod | None:
     if len(found) > 1:
         raise LaconicError(f"{' and '.join(m.id for m in found)} both draft: keep one of them.")
     return found[0] if found else None
+
+
+def choosing(recipe: Recipe) -> tuple[SampleMethod, ...]:
+    """The methods of a recipe that change which token comes next."""
+    found = tuple(m for m in recipe.methods if isinstance(m, SampleMethod))
+    for m in found:
+        if m.entry:
+            raise LaconicError(f"{m.id} has a loop of its own: call {m.entry}.")
+    return found
 
 
 class _Run:
@@ -130,21 +144,34 @@ class _Run:
             method.require(fits, f"{method.nodes} drafted tokens are more than the model's {limit} positions: draft fewer.")
         self.device = ids.device
 
-    def __call__(self, most: int, ends: frozenset[int], stop: Any, watch: Any) -> Decoded:
+    def set_up(self, samplers: tuple[SampleMethod, ...], tokenizer: Any, ends: frozenset[int], stop: Any) -> None:
+        """What the methods of the stage "sample" bring: processors, and at most one that chooses."""
+        self.ends, self.stop = ends, stop
+        self.setting = Setting(self.handle.model, self.text, self.sampling, self.generator, inputs=self.inputs,
+                               tokenizer=tokenizer, ends=ends, stop=stop)  # fmt: skip
+        own = tuple(process for m in samplers for process in m.processors(self.setting))
+        self.sampling = self.setting.sampling = dataclasses.replace(self.sampling, processors=(*self.sampling.processors, *own))
+        choosers = {m.id: c for m in samplers if (c := m.chooser(self.setting)) is not None}
+        if len(choosers) + (self.method is not None and bool(choosers)) > 1:
+            both = [*choosers, *([self.method.id] if self.method is not None else [])]
+            raise LaconicError(f"{' and '.join(both)} both say which tokens come next: keep one of them.")
+        self.chooser: Chooser | None = next(iter(choosers.values()), None)
+
+    def __call__(self, most: int, watch: Any) -> Decoded:
         begun = time.perf_counter()
-        self.most, self.ends, self.stop, self.watch = most, ends, stop, watch
+        self.most, self.watch = most, watch
         self.result = Decoded([[] for _ in self.text.rows])
         output = self.runner.prefill(self.inputs)
         root = DraftTree.chain(self.text.roots(self.device)[:, None])
         scores = self.sampling.scores(output.logits[:, -1:], self.text, root)
-        first = self.sampling.choose(scores, self.generator)[:, 0].tolist()
+        first = self._choose(output.logits[:, -1:], scores)[:, 0].tolist()
         self.result.prefill_s = time.perf_counter() - begun
         self._write([[token] for token in first], root, None)
         if self.method is not None:
-            setting = Setting(self.handle.model, self.text, self.sampling, self.generator, output, self.inputs)
+            self.setting.prefill = output
             if self.drafter is None:
-                self.drafter = self.method.drafter(setting)
-            self.drafter.setting = setting
+                self.drafter = self.method.drafter(self.setting)
+            self.drafter.setting = self.setting
         while not all(self.text.done):
             self._step()
         return self._finish(begun)
@@ -155,10 +182,17 @@ class _Run:
         tree = self.drafter.propose(self.text, room) if self.drafter is not None and room > 0 else plain
         self.result.draft_s += time.perf_counter() - begun
         tokens = tree.tokens.to(self.device)
+<<<<<<< HEAD
         output = self.runner.step(tokens[:, 0]) if tree.plain else self.runner.run(tokens, tree.shape, tree.prompts)
         tree = dataclasses.replace(tree, tokens=tokens, shape=tree.shape.to(self.device))
         scores = self.sampling.scores(output.logits[:, : tree.nodes], self.text, tree)
         verdict = self._verify(tree, scores)
+=======
+        output = self.runner.run(tokens, tree.shape) if tree.nodes > 1 else self.runner.step(tokens[:, 0])
+        tree = DraftTree(tokens, tree.shape.to(self.device), tree.laws, tree.drafts)
+        scores = self.sampling.scores(output.logits, self.text, tree)
+        verdict = self._verify(tree, output.logits, scores)
+>>>>>>> sampling
         path = verdict.path.cpu()
         path = path[:, : int((path >= 0).sum(-1).max())]
         if not tree.plain:
@@ -184,7 +218,13 @@ class _Run:
             room = min(room, self.runner.limit - 1 - int(self.runner.lengths.max()))
         return room
 
-    def _verify(self, tree: DraftTree, scores: torch.Tensor) -> Verdict:
+    def _choose(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """One token after each node, ``(batch, nodes)``."""
+        if self.chooser is not None:
+            return self.chooser.choose(self.runner, logits[:, -1], scores[:, -1], self.text)[:, None]
+        return self.sampling.choose(scores, self.generator)
+
+    def _verify(self, tree: DraftTree, logits: torch.Tensor, scores: torch.Tensor) -> Verdict:
         name = self.method.verifier if self.method is not None and tree.nodes > 1 else "match"
         if name == "trust":
             return trust(tree, self.sampling.choose(scores, self.generator))
@@ -192,7 +232,7 @@ class _Run:
             law = self.sampling.soft(scores, self.sampling.temperature or 1.0)
             return typical(tree, law, self.sampling.choose(scores, self.generator))
         if self.sampling.greedy or name == "match":
-            return match(tree, self.sampling.choose(scores, self.generator))
+            return match(tree, self._choose(logits, scores))
         check = {"rejection": rejection, "k_seq": k_seq}[name]
         return check(tree, self.sampling.law(scores), self.generator)
 
@@ -227,7 +267,12 @@ class _Run:
         result = self.result
         result.decode_s = time.perf_counter() - begun - result.prefill_s - result.watch_s
         result.forwards, result.nodes = self.runner.forwards, self.runner.rows - self.inputs["input_ids"].numel()
+        if self.chooser is not None:
+            result.figures = self.chooser.figures()
+            result.forwards += result.figures.get("forwards", 0)
+            result.nodes += result.figures.get("nodes", 0)
         result.draft_bytes = 0 if self.drafter is None else self.drafter.bytes
+        self.handle.serve(self.runner.cache)  # the latest forward may have looked ahead
         result.stats = self.handle.stats()
         result.drafter = self.drafter
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -102,6 +103,20 @@ class Runner:
         self.cache.settle(path, self.pending)
         self.lengths = self.lengths + (path >= 0).sum(-1)
         self._forget_draft()
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Goes on with ``rows`` (k,) of the batch, some of them perhaps more than once."""
+        if not torch.equal(rows, torch.arange(len(self.lengths))):
+            self.cache.batch_select_indices(rows.to(self.model.device))
+            self.lengths = self.lengths[rows]
+            self.shift = None if self.shift is None else self.shift[rows]
+
+    def branch(self, rows: torch.Tensor) -> Runner:
+        """Another runner, with counts of its own, that goes on from copies of ``rows`` (k,) of this one."""
+        twin = copy.copy(self)
+        twin.cache, twin.forwards, twin.rows = self.cache.fork(), 0, 0
+        twin.select(rows)
+        return twin
 
     def _places(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         positions = positions if self.shift is None else (positions + self.shift).expand(3, -1, -1)
