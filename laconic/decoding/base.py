@@ -36,6 +36,7 @@ class Setting:
 
     Attributes:
         prefill: the model's output for the prompt.
+        places: int64 ``(batch, n)``: which token of its text each row of the output's hidden states is, -1 for padding.
     """
 
     model: torch.nn.Module
@@ -43,6 +44,7 @@ class Setting:
     sampling: Sampling
     generator: torch.Generator
     prefill: Any = None
+    places: torch.Tensor | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
 
     @property

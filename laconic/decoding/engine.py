@@ -135,8 +135,10 @@ class _Run:
         self._write([[token] for token in first], root, None)
         self.result.prefill_s = time.perf_counter() - begun
         if self.method is not None and self.drafter is None:
-            setting = Setting(self.handle.model, self.text, self.sampling, self.generator, output, self.inputs)
+            places, start = self.runner.cache.request.positions, time.perf_counter()
+            setting = Setting(self.handle.model, self.text, self.sampling, self.generator, output, places, self.inputs)
             self.drafter = self.method.drafter(setting)
+            self.result.draft_s += time.perf_counter() - start
         while not all(self.text.done):
             self._step()
         return self._finish(begun)
