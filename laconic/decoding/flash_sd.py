@@ -66,11 +66,6 @@ class _Flash(Drafter):
     def _prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries of the prompts, padded behind, and which are real."""
         states, places, rows = self.setting.prefill.hidden_states, self.setting.places, []
-        if not states[0].shape[1] == states[-1].shape[1] == places.shape[1]:
-            raise LaconicError(
-                f"{self.method.id} needs the hidden states of one and the same tokens before the first layer and after the last: "
-                "leave out what drops tokens between layers."
-            )
         for row, ids in enumerate(self.setting.text.rows):
             here = places[row] >= 0
             at = places[row][here].to(self.embed.weight.device)
@@ -132,7 +127,7 @@ class FlashSD(DraftMethod):
     It reads the target's hidden states after the last layer and its input embeddings, foretells several hidden states in one go,
     and lets the target's own head read the laws of the next tokens from them. All nodes of one depth of the tree share a law, and
     the tree is the one that is worth most by the accuracies per depth and rank that were measured when it was trained. Texts
-    without pictures are drafted for just so. Pictures may be shortened before the first layer, as by divprune.
+    without pictures are drafted for just so. Pictures may be shortened before the first layer, as by divprune, or between layers.
 
     Raises a LaconicError without a profile of the model: ``python -m laconic.decoding.train_flash`` makes one for a model of
     scenes, ``laconic profile flash_sd`` for any model and task with pictures.

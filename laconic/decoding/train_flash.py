@@ -194,7 +194,7 @@ def scene_prompts(reader: Any, seed: int, count: int) -> Iterator[dict[str, torc
 
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        yield read(reader, "<image> " + PROMPT.format("left right"), (make_scene(rng),))
+        yield read(reader, "<image> " + PROMPT, (make_scene(rng),))
 
 
 def main() -> None:

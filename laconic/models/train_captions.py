@@ -1,8 +1,8 @@
 """Teach a `shapes` model to describe scenes: ``python -m laconic.models.train_captions --out DIR``.
 
-Answers about scenes are a word or two. A description names thing after thing, which is long enough to be drafted. Each scene
-carries descriptions in several orders and some questions in one sequence, so that the picture is paid for once; the encoder stays
-as it is. Smaller pictures come first.
+Answers about scenes are a word or two. A description goes through all kinds of shapes, which is long enough to be drafted. Each
+scene carries a description and some questions in one sequence, so that the picture is paid for once; the encoder stays as it is.
+Smaller pictures come first.
 """
 
 from __future__ import annotations
@@ -16,43 +16,40 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from laconic.models import load
-from laconic.models.scenes import SIDE, Question, Scene, ask, make_scene
+from laconic.models.scenes import SHAPES, SIDE, Question, Scene, ask, make_scene, plural
 from laconic.models.shapes_processor import make_processor
 from laconic.models.train_shapes import IGNORED, Batch, assemble, encode
 
 # sides of pictures in pixels, most things in them, pictures in a batch, and the share of the time up to which they are shown
-STAGES = ((SIDE // 3, 3, 12, 0.3), (SIDE // 2, 5, 8, 0.65), (SIDE, 8, 3, 1.0))
-ORDERS = {"left right": ("x", 1), "right left": ("x", -1), "above below": ("y", 1), "below above": ("y", -1)}
-ASIDE = {"x": ("y", "above", "below"), "y": ("x", "left", "right")}  # where each thing lies from the one before it
-QUESTIONS = ("count", "position", "comparison", "reading")  # what is asked besides, lest it be forgotten
+STAGES = ((SIDE // 3, 3, 16, 0.25), (SIDE // 2, 5, 12, 0.6), (SIDE, 8, 4, 1.0))
+QUESTIONS = ("count", "comparison")  # what is asked besides, lest it be forgotten
 RATE = 6e-4
-PROMPT = "what shapes are there {} ?"
+PROMPT = "what shapes are there ?"
 
 
-def describe(scene: Scene, order: str = "left right") -> Question:
-    """Names all things in an order, each with where it lies from the one before it, and what the sign says."""
-    axis, sign = ORDERS[order]
-    other, less, more = ASIDE[axis]
-    words, before = ["there", "are", str(len(scene.things)), "shapes"], None
-    for thing in sorted(scene.things, key=lambda thing: sign * getattr(thing, axis)):
-        if before is not None:
-            words.append(less if getattr(thing, other) < getattr(before, other) else more)
-        size = "smaller " if thing.radius < 16 else "larger " if thing.radius > 24 else ""
-        words += ["a", *f"{size}{thing.name}".split()]
-        before = thing
+def describe(scene: Scene) -> Question:
+    """Names each kind of shape in the order of SHAPES, with size and colour or with a number where there are several, and what
+    the sign says."""
+    words: list[str] = []
+    for shape in SHAPES:
+        found = [thing for thing in scene.things if thing.shape == shape]
+        if len(found) == 1:
+            size = ["smaller"] if found[0].radius < 16 else ["larger"] if found[0].radius > 24 else []
+            words += ["the", shape, "is", *size, found[0].colour]
+        elif found:
+            words += ["there", "are", str(len(found)), plural(shape)]
     if scene.sign is None:
         words += ["there", "is", "no", "sign"]
     else:
-        kind = "number" if scene.sign.text.isdigit() else "word"
-        words += f"the {kind} on the sign is {' '.join(scene.sign.text) if kind == 'number' else scene.sign.text}".split()
-    return Question("reading", PROMPT.format(order), " ".join(words))
+        kind, read = ("number", [*scene.sign.text]) if scene.sign.text.isdigit() else ("word", [scene.sign.text])
+        words += ["the", kind, "on", "the", "sign", "is", *read]
+    return Question("reading", PROMPT, " ".join(words))
 
 
 def make_batch(rng: np.random.Generator, tokenizer, side: int, most: int, count: int) -> Batch:
-    """Scenes with descriptions in all orders and some questions."""
+    """Scenes with a description and some questions each."""
     scenes = [make_scene(rng, side, (2, most)) for _ in range(count)]
-    asked = [[*(describe(scene, order) for order in ORDERS), *filter(None, (ask(scene, rng, kind) for kind in QUESTIONS))]
-             for scene in scenes]  # fmt: skip
+    asked = [[describe(scene), *filter(None, (ask(scene, rng, kind) for kind in QUESTIONS))] for scene in scenes]
     return assemble(scenes, asked, tokenizer, rng)
 
 
