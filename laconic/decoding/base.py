@@ -44,8 +44,8 @@ class Setting:
     sampling: Sampling
     generator: torch.Generator
     prefill: Any = None
-    places: torch.Tensor | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    places: torch.Tensor | None = None
 
     @property
     def vocabulary(self) -> int:

@@ -136,7 +136,7 @@ class _Run:
         self.result.prefill_s = time.perf_counter() - begun
         if self.method is not None and self.drafter is None:
             places, start = self.runner.cache.request.positions, time.perf_counter()
-            setting = Setting(self.handle.model, self.text, self.sampling, self.generator, output, places, self.inputs)
+            setting = Setting(self.handle.model, self.text, self.sampling, self.generator, output, self.inputs, places)
             self.drafter = self.method.drafter(setting)
             self.result.draft_s += time.perf_counter() - start
         while not all(self.text.done):
