@@ -564,8 +564,9 @@ def profile(
     of right answers, and then the mean log-probability of these; without answers, minus the entropy of the next token. It is
     the highest of many, so check it on other prompts.
 
-    dhsa, duo_attention and explain_prune are trained, explain_prune on those prompts that the model answers right. What drafts,
-    parallel_prompt_decoding and medusa, is trained on what the model says itself after many places of the texts: give a long one.
+    dhsa, duo_attention, explain_prune and flash_sd are trained, explain_prune on those prompts that the model answers right,
+    flash_sd on what the model writes after prompts with pictures. parallel_prompt_decoding and medusa, which draft too, are
+    trained on what the model says itself after many places of the texts: give a long one.
 
     \b
     Examples:

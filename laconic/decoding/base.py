@@ -44,6 +44,7 @@ class Setting:
     Attributes:
         prefill: the model's output for the prompt.
         tokenizer, ends, stop: as ``decode`` was given them.
+        places: int64 ``(batch, n)``: which token of its text each row of the output's hidden states is, -1 for padding.
     """
 
     model: torch.nn.Module
@@ -55,6 +56,7 @@ class Setting:
     tokenizer: Any = None
     ends: frozenset[int] = frozenset()
     stop: Callable[[int, list[int]], bool] | None = None
+    places: torch.Tensor | None = None
 
     @property
     def vocabulary(self) -> int:

@@ -168,10 +168,12 @@ class _Run:
         self.result.prefill_s = time.perf_counter() - begun
         self._write([[token] for token in first], root, None)
         if self.method is not None:
-            self.setting.prefill = output
+            start = time.perf_counter()
+            self.setting.prefill, self.setting.places = output, self.runner.cache.request.positions
             if self.drafter is None:
                 self.drafter = self.method.drafter(self.setting)
             self.drafter.setting = self.setting
+            self.result.draft_s += time.perf_counter() - start
         while not all(self.text.done):
             self._step()
         return self._finish(begun)
@@ -182,17 +184,10 @@ class _Run:
         tree = self.drafter.propose(self.text, room) if self.drafter is not None and room > 0 else plain
         self.result.draft_s += time.perf_counter() - begun
         tokens = tree.tokens.to(self.device)
-<<<<<<< HEAD
         output = self.runner.step(tokens[:, 0]) if tree.plain else self.runner.run(tokens, tree.shape, tree.prompts)
         tree = dataclasses.replace(tree, tokens=tokens, shape=tree.shape.to(self.device))
         scores = self.sampling.scores(output.logits[:, : tree.nodes], self.text, tree)
-        verdict = self._verify(tree, scores)
-=======
-        output = self.runner.run(tokens, tree.shape) if tree.nodes > 1 else self.runner.step(tokens[:, 0])
-        tree = DraftTree(tokens, tree.shape.to(self.device), tree.laws, tree.drafts)
-        scores = self.sampling.scores(output.logits, self.text, tree)
         verdict = self._verify(tree, output.logits, scores)
->>>>>>> sampling
         path = verdict.path.cpu()
         path = path[:, : int((path >= 0).sum(-1).max())]
         if not tree.plain:

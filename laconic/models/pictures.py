@@ -96,6 +96,12 @@ def _token(config: Any, kind: str) -> int | None:
     return next((token for name in names if (token := getattr(config, name, None)) is not None), None)
 
 
+def pictured_tokens(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Which of ``ids`` stand for pictures or videos, boolean; none in models that read text only."""
+    known = [token for kind in ("image", "video") if (token := _token(model.config, kind)) is not None]
+    return torch.isin(ids, torch.tensor(known, dtype=ids.dtype, device=ids.device))
+
+
 def patch_side(eyes: Eyes) -> int:
     """Patches along one side of what the encoder sees, where it sees squares."""
     vision = eyes.inner.config.vision_config
