@@ -137,11 +137,6 @@ function sortBy(button) {
 choices("x");
 choices("y");
 for (const button of document.querySelectorAll("#table thead button")) button.addEventListener("click", () => sortBy(button));
-const copy = document.getElementById("copy");
-if (copy) copy.addEventListener("click", async () => {
-  await navigator.clipboard.writeText(document.getElementById("command").textContent);
-  copy.textContent = "Copied";
-});
 dark.addEventListener("change", draw);
 narrow.addEventListener("change", draw);
 if (chosen.x) draw();
