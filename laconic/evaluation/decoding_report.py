@@ -45,8 +45,8 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ("faster", "plain time over time", lambda row: faster(row)),
     ("drafting", "share of the time spent on proposing and learning", lambda row: percent(row["draft_share"])),
     ("memory", "of the drafter: tables, or a draft model's weights and cache", lambda row: size(row["draft_bytes"])),
-    ("guarantee", "against the same recipe without drafts", lambda row: row["guarantee"]),
     ("exact", "greedy texts that equal those of plain decoding", exactness),
+    ("guarantee", "against the same recipe without drafts", lambda row: row["guarantee"]),
 )
 
 
