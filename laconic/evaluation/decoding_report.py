@@ -180,12 +180,12 @@ def build_table(rows: list[Row]) -> Table:
         table.add_row(
             escape(first["method"]), first["budget"], f"{temperature:g}", str(batch), *cells,
             percent(sum(share) / len(share) if share else None), f" {size(max(row['draft_bytes'] for row in own.values()))}",
-            f" {_all_exact(list(own.values()))}",
+            f" {all_exact(list(own.values()))}",
         )  # fmt: skip
     return table
 
 
-def _all_exact(rows: list[Row]) -> str:
+def all_exact(rows: list[Row]) -> str:
     """Over the workloads; where texts were drawn, the guarantee."""
     if any(row["exact"] is None for row in rows):
         return rows[0]["guarantee"]

@@ -1,4 +1,4 @@
-"""benchmarks/decoding.py: its quick run, and that its JSON hangs together."""
+"""benchmarks/decoding.py: its quick run, that its JSON hangs together, and the tables and the picture in the documentation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny as models
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "decoding.py"
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("decoding_benchmark", PATH)
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    return script("decoding")
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +76,14 @@ def test_replay_and_costs(result: dict[str, Any]) -> None:
 def test_the_burden_pays_a_forward_of_as_many_tokens(benchmark: ModuleType) -> None:
     from laconic.decoding.engine import decode
 
-    model, large = tiny.build("llama"), tiny.build("llama", num_hidden_layers=1)
+    model, large = models.build("llama"), models.build("llama", num_hidden_layers=1)
     fed: list[tuple[int, int]] = []
     burden = benchmark.Burden(large, 16)
     hook = model.register_forward_pre_hook(burden, with_kwargs=True)
     large.register_forward_pre_hook(
         lambda module, args, named: fed.append((args[0].shape[1], burden.cache.get_seq_length())), with_kwargs=True
     )
-    inputs = {"input_ids": tiny.prompt(1, 16)["input_ids"]}
+    inputs = {"input_ids": models.prompt(1, 16)["input_ids"]}
     out = decode(model, inputs, "token_recycling:6", max_new_tokens=12)
     hook.remove()
     assert out.rows == decode(model, inputs, max_new_tokens=12).rows
@@ -91,3 +95,41 @@ def test_the_burden_pays_a_forward_of_as_many_tokens(benchmark: ModuleType) -> N
 def test_unknown_parts_are_refused(benchmark: ModuleType) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--parts", "speed"])
+
+
+def test_tables_go_where_the_documentation_has_a_place_for_them(
+    result: dict[str, Any], tiny: Any, tmp_path: Path
+) -> None:
+    from laconic.evaluation.decoding_suite import decoding_suite
+
+    options: dict[str, Any] = {"samples": 1, "max_new_tokens": 6, "length": 20, "workloads": ["code"], "batches": (1,)}
+    report = decoding_suite(tiny, methods=["prompt_lookup:4"], output=tmp_path / "report", progress=False, **options)
+    (tmp_path / "bench.json").write_text(json.dumps(result))
+    page = tmp_path / "decoding.md"
+    page.write_text((ROOT / "docs" / "decoding.md").read_text())
+    arguments = [str(page), "--suite", str(report.path), "--bench", str(tmp_path / "bench.json")]
+    script("decoding_tables").main(arguments)
+    text = page.read_text()
+    row = report.rows[0]
+    assert f"| `prompt_lookup:4` | 0 | 1 | {row['tokens_per_forward']:.2f}, " in text and "| yes |" in text
+    assert "| transformers prompt lookup | `prompt_lookup` | 0 | 2 | theirs: assisted generate is only" in text
+    assert "| `token_recycling:24` | " in text.split("replay: begin")[1]
+    assert "filled in by the command" not in text
+    script("decoding_tables").main(arguments)
+    assert page.read_text() == text, "again, it is the same"
+
+
+def test_the_picture_has_every_node_and_marks_the_accepted(tmp_path: Path) -> None:
+    from laconic.decoding.engine import Progress
+
+    picture = script("draft_tree")
+
+    class Letters:
+        def decode(self, ids: list[int]) -> str:
+            return "<ab c"[ids[0]]
+
+    step = Progress([[0, 1, 2, 3]], [[-1, 0, 0, 1]], [[1, 3]], [[1, 3, 4]])
+    svg = picture.draw(step, Letters())
+    assert svg.count("<rect") == 5 and svg.count('class="yes"><rect') == 3 and svg.count('class="own"><rect') == 1
+    assert svg.count("<path") == 4 and "&lt;" in svg and "·" in svg
+    assert picture.rows_of([-1, 0, 0, 1]) == [0.5, 0, 1, 0]
