@@ -99,6 +99,13 @@ def _whole_numbers(text: str | None, option: str) -> list[int] | None:
     return numbers or None
 
 
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    try:
+        return [float(part) for part in _split(text) or []] or None
+    except ValueError:
+        raise LaconicError(f"{option} '{text}' is not understood: give numbers such as 0,0.7,1.") from None
+
+
 def _print_json(value: Any) -> None:
     from laconic.evaluation.results import dumps
 
@@ -108,14 +115,23 @@ def _print_json(value: Any) -> None:
 @app.command()
 @guarded
 def compare(
-    model: Model = "needle",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A built-in model, a local path, or a hub id.",
+            show_default="needle, or story with --suite decoding",
+        ),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(
             "--task",
             "-t",
             help="needle, multi_needle, threads, kv_recall, long_generation, perplexity:FILE, or FILE.jsonl; with pictures "
-            "shapes_vqa, pope, or FILE.jsonl. By default needle, or shapes_vqa where the model sees.",
+            "shapes_vqa, pope, or FILE.jsonl. By default needle, or shapes_vqa where the model sees. With --suite decoding: "
+            "prose, code, repetitive, FILE.jsonl, separated by commas; a file alone comes on top of the three.",
         ),
     ] = None,
     methods: Annotated[
@@ -138,7 +154,14 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different run in --output.")] = False,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", help="cards: measure what each of --methods (by default all) is expected to show."),
+        typer.Option(
+            "--suite",
+            help="cards: measure what each of --methods (by default all) is expected to show; decoding: what drafting gains.",
+        ),
+    ] = None,
+    temperatures: Annotated[str | None, typer.Option("--temperatures", help="With --suite decoding: by default 0,1.")] = None,
+    batches: Annotated[
+        str | None, typer.Option("--batches", help="With --suite decoding: prompts at a time, by default 1,8.")
     ] = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")] = False,
@@ -166,30 +189,56 @@ def compare(
       laconic compare --task long_generation --max-new-tokens 2000 --budgets 128,256
       laconic compare --methods "tokenselect(refresh=0.8)" --json
       laconic compare --suite cards --methods quest,snapkv
+      laconic compare --suite decoding
+      laconic compare --suite decoding --methods token_recycling --budgets 8,24,80 --batches 1
     """
-    if suite is not None:
+    if suite not in (None, "decoding"):
         _suite(suite, _split(methods), model, output, samples, overwrite, as_json, quiet)
         return
+    common: dict[str, Any] = {
+        "methods": _split(methods), "budgets": _split(budgets), "samples": samples, "seed": seed,
+        "max_new_tokens": max_new_tokens, "device": device, "dtype": dtype, "output": output, "overwrite": overwrite,
+        "progress": not quiet,
+    }  # fmt: skip
+    sizes = _whole_numbers(lengths, "--lengths")
+    if suite == "decoding":
+        _decoding(model, task, sizes, question, temperatures, batches, common, as_json)
+        return
+    if temperatures is not None or batches is not None:
+        raise LaconicError("--temperatures and --batches go with --suite decoding: leave them out, or add it.")
     from laconic.evaluation.compare import compare as run
     from laconic.evaluation.provenance import shell_command
 
     report = run(
-        model,
-        methods=_split(methods),
-        budgets=_split(budgets),
-        task=task,
-        samples=samples,
-        lengths=_whole_numbers(lengths, "--lengths"),
-        seed=seed,
-        question=question,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-        output=output,
-        overwrite=overwrite,
-        progress=not quiet,
-        command=shell_command(sys.argv[1:]),
+        model or "needle", task=task, lengths=sizes, question=question, command=shell_command(sys.argv[1:]), **common
     )
+    _show(report, as_json, quiet, lambda console: report.table(ratios=console.width >= 120))
+
+
+def _decoding(
+    model: str | None, task: str | None, lengths: list[int] | None, question: str, temperatures: str | None,
+    batches: str | None, common: dict[str, Any], as_json: bool,
+) -> None:  # fmt: skip
+    """Measures what drafting gains."""
+    from laconic.evaluation.decoding_suite import BATCHES, TEMPERATURES, decoding_suite
+    from laconic.evaluation.provenance import shell_command
+
+    if question != "seen" or len(lengths or ()) > 1:
+        raise LaconicError("--suite decoding knows no --question, and takes one number for --lengths: leave the rest out.")
+    report = decoding_suite(
+        model or "story",
+        workloads=_split(task),
+        length=lengths[0] if lengths else None,
+        temperatures=_numbers(temperatures, "--temperatures") or TEMPERATURES,
+        batches=_whole_numbers(batches, "--batches") or BATCHES,
+        command=shell_command(sys.argv[1:]),
+        **common,
+    )
+    _show(report, as_json, not common["progress"], lambda console: report.table())
+
+
+def _show(report: Any, as_json: bool, quiet: bool, table: Callable[[Any], Any]) -> None:
+    """Prints what a comparison found."""
     for note in report.notes:
         print(f"Note: {note}", file=sys.stderr)
     if as_json:
@@ -197,12 +246,12 @@ def compare(
         return
     if not quiet:
         console = _console()
-        console.print(report.table(ratios=console.width >= 120))
+        console.print(table(console))
     print(f"Report: {report.html}")
 
 
 def _suite(
-    suite: str, methods: list[str] | None, model: str, output: Path, samples: int | None, overwrite: bool, as_json: bool,
+    suite: str, methods: list[str] | None, model: str | None, output: Path, samples: int | None, overwrite: bool, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
     """Measures the claims of methods and prints which hold."""

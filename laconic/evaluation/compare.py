@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +13,11 @@ from laconic.evaluation import measure
 from laconic.evaluation.gallery import FILE as GALLERY
 from laconic.evaluation.gallery import write_gallery
 from laconic.evaluation.plan import Cell, plan
-from laconic.evaluation.progress import Advance, progress_bar
-from laconic.evaluation.provenance import identify, machine
+from laconic.evaluation.progress import Advance
+from laconic.evaluation.provenance import identify
 from laconic.evaluation.quality import share_kept
 from laconic.evaluation.results import ResultStore, prepare_directory
+from laconic.evaluation.session import Outcome, Session, length_notes, written
 from laconic.evaluation.workload import Work, check_options, default_task, open_model, open_work
 from laconic.method import GUARANTEES, Method
 from laconic.models.reading import sees
@@ -27,15 +26,10 @@ from laconic.recipe import Recipe
 if TYPE_CHECKING:
     from rich.table import Table
 
-@dataclass
-class Report:
-    """What ``compare`` found. ``rows``: one dict per cell, dense first. ``path``: the directory. ``html``: the page."""
 
-    path: Path
-    rows: list[dict[str, Any]]
-    run: dict[str, Any]
-    html: Path | None = None
-    notes: list[str] = field(default_factory=list)
+@dataclass
+class Report(Outcome):
+    """What ``compare`` found. ``rows``: one dict per cell, dense first. ``path``: the directory. ``html``: the page."""
 
     def table(self, *, ratios: bool = True) -> Table:
         """The rows as a rich table, each figure with its ratio to dense."""
@@ -52,10 +46,6 @@ class Report:
         dense = next(row for row in self.rows if row["method"] == "dense")
         candidates = [row for row in self.rows if row.get(cost) is not None and share_kept(row, dense) >= keep]
         return min(candidates, key=lambda row: row[cost], default=None)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a comparison; the message says what is kept and how to go on."""
 
 
 def compare(
@@ -115,61 +105,35 @@ def compare(
         return _Run(network, tokenizer, cells, work, store, command).measure(progress)
 
 
-class _Run:
-    """The loop over the cells, with everything it needs."""
+class _Run(Session):
+    """Cells of a recipe at a budget, on all examples of one task, the dense one first."""
+
+    outcome = Report
 
     def __init__(
         self, network: Any, tokenizer: Any, cells: list[Cell], work: Work, store: ResultStore, command: str
     ) -> None:
-        self.cells, self.work, self.store, self.reader = cells, work, store, tokenizer
+        super().__init__(network, cells, store, command, [*work.notes, *length_notes(network, work.items)])
+        self.task, self.reader = work, tokenizer
         self.runner = measure.Runner(network, tokenizer)
-        self.notes = [*work.notes, *store.problems, *_length_notes(network, work.items)]
-        identity = store.identity
-        self.header: dict[str, Any] = {
-            "command": command,
-            "versions": identity["versions"],
-            "machine": machine(self.runner.device),
-            "model": {
-                "id": identity["model"],
-                "architecture": type(network).__name__,
-                "parameters": sum(p.numel() for p in network.parameters()),
-                "dtype": identity["dtype"],
-            },
+        self.header |= {
             "task": {"name": work.task.name, "metric": work.metric, "examples": len(work.items)},
-            "seed": identity["seed"],
-            "question": identity["question"],
+            "question": store.identity["question"],
             "methods": list(dict.fromkeys(cell.name for cell in cells)),
             "budgets": list(dict.fromkeys(cell.budget for cell in cells)),
-            "skipped": [],
-            "notes": self.notes,
-            "started": store.started or now(),
-            "finished": None,
         }
 
-    def measure(self, progress: bool) -> Report:
-        """Measures the cells that are not on disk yet, then writes the page."""
-        self.store.write_header(self.header)
-        network = self.runner.model
-        training = network.training
-        network.eval()
-        todo = [cell for cell in self.cells if self.store.finished(cell.key) is None]
-        try:
-            total = len(todo) * sum(item.cost for item in self.work.items)
-            with progress_bar(progress, total, "dense") as advance:
-                self._measure(todo, advance)
-            pictured = any(item.example.pictures for item in self.work.items)
-            if pictured and (todo or not (self.store.directory / GALLERY).exists()):
-                write_gallery(self.store.directory, self.runner, self.reader, self.work.items, self.cells)
-        except KeyboardInterrupt:
-            with contextlib.suppress(LaconicError):  # a page of what is there, if there is room for it
-                _write_page(self.store.directory)
-            raise Interrupted(self._how_to_resume()) from None
-        finally:
-            network.train(training)
-        self.header["finished"] = now()
-        self.store.write_header(self.header)
-        rows = [row for cell in self.cells if (row := self.store.finished(cell.key))]
-        return Report(self.store.directory, rows, self.header, _write_page(self.store.directory), self.notes)
+    def cost(self, todo: Sequence[Cell]) -> int:
+        return len(todo) * sum(item.cost for item in self.task.items)
+
+    def work(self, todo: Sequence[Cell], advance: Advance) -> None:
+        self._measure(list(todo), advance)
+        pictured = any(item.example.pictures for item in self.task.items)
+        if pictured and (todo or not (self.store.directory / GALLERY).exists()):
+            write_gallery(self.store.directory, self.runner, self.reader, self.task.items, self.cells)
+
+    def write_page(self) -> Path:
+        return _write_page(self.store.directory)
 
     def _measure(self, todo: list[Cell], advance: Advance) -> None:
         if not todo:
@@ -180,14 +144,13 @@ class _Run:
         for cell in todo:
             try:
                 if cell.name not in warm:
-                    measure.warm_up(self.runner, self.work.items[0], cell.recipe)
+                    measure.warm_up(self.runner, self.task.items[0], cell.recipe)
                     warm.add(cell.name)
                 row = self._cell(cell, advance)
             except LaconicError as error:
                 if cell is dense:
                     raise
-                self.header["skipped"].append({"recipe": cell.key, "reason": str(error)})
-                self.notes.append(f"{cell.key} was left out: {error}")
+                self.leave_out(cell.key, error)
                 continue
             if self.store.finished(cell.key) is None:
                 self.store.append(row)
@@ -196,39 +159,14 @@ class _Run:
 
     def _cell(self, cell: Cell, advance: Advance) -> dict[str, Any]:
         measured = measure.measure_cell(
-            self.runner, self.work.items, self.work.metric, cell.recipe, lambda tokens: advance(cell.label, tokens)
+            self.runner, self.task.items, self.task.metric, cell.recipe, lambda tokens: advance(cell.label, tokens)
         )
         weakest = max((method.guarantee for method in cell.recipe.methods), key=GUARANTEES.index)
-        names = {"method": cell.name, "recipe": cell.key, "budget": cell.budget, "task": self.work.task.name}
+        names = {"method": cell.name, "recipe": cell.key, "budget": cell.budget, "task": self.task.task.name}
         return {**names, "guarantee": weakest, **measured}
-
-    def _how_to_resume(self) -> str:
-        done = sum(self.store.finished(cell.key) is not None for cell in self.cells)
-        return (
-            f"Interrupted: {done} of {len(self.cells)} cells are kept in {self.store.directory}; "
-            "run the same command again to go on."
-        )
-
-
-def _length_notes(network: Any, items: list[measure.Item]) -> list[str]:
-    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(item.ids) + item.limit for item in items)
-    if not limit or longest <= limit:
-        return []
-    return [f"The longest example takes {longest} tokens with its answer; the model was made for {limit}."]
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _write_page(directory: Path) -> Path:
     from laconic.evaluation.report import write_report
 
-    try:
-        return Path(write_report(directory))
-    except OSError as error:
-        raise LaconicError(
-            f"Cannot write the page in {directory} ({error.strerror or error}): the results are kept in results.jsonl; "
-            "make room and run the same command again."
-        ) from error
+    return written(write_report, directory)

@@ -52,7 +52,7 @@ def plan(
     cells = [Cell("dense", "100%", Recipe.parse("dense"))]
     for entry in chosen:
         recipe = Recipe.parse(entry)
-        name = _name(recipe)
+        name = display_name(recipe)
         if name == "dense":
             continue
         if len(recipe.methods) == 1 and not recipe.methods[0].takes_budget:
@@ -68,7 +68,7 @@ def plan(
     return list({cell.key: cell for cell in cells}.values())
 
 
-def _name(recipe: Recipe) -> str:
+def display_name(recipe: Recipe) -> str:
     """A single method without its budget, ``tokenselect(refresh=0.95)``; a composition as it is."""
     if len(recipe.methods) > 1:
         return str(recipe)

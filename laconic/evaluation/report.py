@@ -88,12 +88,12 @@ def write_report(directory: str | Path) -> Path:
     rows, problems = read_rows(directory / RESULTS)
     if not rows:
         raise LaconicError(f"There are no results in {directory}: run laconic compare --output {directory} first.")
-    page = render(rows, _header(directory / HEADER), problems, read_gallery(directory, rows))
+    page = render(rows, read_header(directory / HEADER), problems, read_gallery(directory, rows))
     write_atomic(directory / PAGE, page.encode("utf-8", "replace").decode())  # a lone surrogate has no UTF-8
     return directory / PAGE
 
 
-def _header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """``run.json``; without it, or with a broken one, the page has no header figures but still its rows."""
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -109,24 +109,28 @@ def render(
 
     ``gallery``: as ``read_gallery`` gives it.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
+
+    # A method whose name is missing is known by its recipe.
+    named = [{**row, "method": str(row.get("method") or row["recipe"])} for row in rows]
+    view = {**_view(named, run, problems), "gallery": gallery}
+    return fill("report.html.j2", {**view, "plotly": Markup(get_plotlyjs())}, script="report.js")
+
+
+def fill(template: str, view: dict[str, Any], **assets: str) -> str:
+    """A page from a template: what it shows, and files that go into it as they are, the style sheet beside."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     loader = PackageLoader("laconic.evaluation", "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(prose=prose, breakable=breakable, size=size, figure=figure)
-
-    def asset(name: str) -> Markup:
-        return Markup(loader.get_source(environment, name)[0])
-
-    template = environment.get_template("report.html.j2")
-    # A method whose name is missing is known by its recipe.
-    named = [{**row, "method": str(row.get("method") or row["recipe"])} for row in rows]
-    view = {**_view(named, run, problems), "gallery": gallery}
-    return template.render(**view, style=asset("report.css"), script=asset("report.js"), plotly=Markup(get_plotlyjs()))
+    environment.filters.update(prose=prose, breakable=breakable, size=size, seconds=seconds, figure=figure, percent=percent)
+    assets = {"style": "report.css", "copy": "copy.js", **assets}
+    inside = {name: Markup(loader.get_source(environment, file)[0]) for name, file in assets.items()}
+    return environment.get_template(template).render(**view, **inside)
 
 
 def prose(text: str) -> Any:
@@ -154,12 +158,12 @@ def _view(rows: list[Row], run: dict[str, Any], problems: Sequence[str]) -> dict
         columns = [column for column in columns if column[0] != "pairs"]
     if title:
         columns.insert(0, ("quality", title.split(" (")[0], title, figure, True))
-    styles = _styles([row["method"] for row in rows])
+    styles = styles_of([row["method"] for row in rows])
     sections = {name: _section(name, style, rows, dense, metric) for name, style in styles.items()}
     return {
-        "facts": _facts(rows, run, title),
+        "facts": facts_of(rows, run, title),
         "command": run.get("command"),
-        "names": _names(rows, run),
+        "names": names_of(rows, run),
         "notes": [*run.get("notes", []), *problems],
         "skipped": run.get("skipped", []),
         "unfinished": bool(run) and not run.get("finished"),
@@ -177,14 +181,14 @@ def _view(rows: list[Row], run: dict[str, Any], problems: Sequence[str]) -> dict
     }
 
 
-def _names(rows: list[Row], run: dict[str, Any]) -> dict[str, str]:
+def names_of(rows: list[Row], run: dict[str, Any]) -> dict[str, str]:
     """Short names of model and task: a path is shown by its last part."""
     model = str((run.get("model") or {}).get("id") or "model")
     task = str((run.get("task") or {}).get("name") or rows[0]["task"])
     return {"model": PurePath(model).name or model, "task": PurePath(task).name or task}
 
 
-def _styles(names: Sequence[str]) -> dict[str, str]:
+def styles_of(names: Sequence[str]) -> dict[str, str]:
     """A style per method; the reference and the random baseline are neutral, so that the colours go to the methods."""
     styles: dict[str, str] = {}
     for name in dict.fromkeys(names):
@@ -203,7 +207,7 @@ def _line(number: int, row: Row, dense: Row, columns: Sequence[Column], section:
     return {"number": number, "section": section, "budget": row.get("budget", ""), "cells": cells}
 
 
-def _facts(rows: list[Row], run: dict[str, Any], title: str | None) -> list[tuple[str, str]]:
+def facts_of(rows: list[Row], run: dict[str, Any], title: str | None) -> list[tuple[str, str]]:
     """What was run on what, as pairs of a word and a line; only what is known."""
     model, task, machine = run.get("model") or {}, run.get("task") or {}, run.get("machine") or {}
     parameters = f"{model['parameters']:,} parameters" if model.get("parameters") else None
@@ -298,14 +302,14 @@ def _section(name: str, style: str, rows: list[Row], dense: Row, metric: str | N
         "name": name,
         "style": str(int(style) % STYLES) if style.isdecimal() else style,
         "anchor": f"method-{rows.index(own[0])}",
-        "entries": _entries(name),
+        "entries": entries_of(name),
         "guarantee": own[0].get("guarantee"),
         "answers": pick_answers(own, dense, metric),
         "answered": sum(len(row.get("cells") or []) for row in own),
     }
 
 
-def _entries(name: str) -> list[dict[str, Any]]:
+def entries_of(name: str) -> list[dict[str, Any]]:
     """Catalogue entries of a recipe's methods; none for a method that is not installed here."""
     import laconic
 

@@ -191,9 +191,10 @@ class ResultStore:
         more = f"; also different: {', '.join(changed[1:])}" if changed[1:] else ""
         return f" (its {key} is {_short(old.get(key))}, now {_short(new[key])}{more})"
 
-    def finished(self, recipe: str) -> dict | None:
-        """The row of a recipe if it has been measured already."""
-        return next((row for row in self.rows if row["recipe"] == recipe), None)
+    def finished(self, recipe: str, **where: Any) -> dict | None:
+        """The row of a recipe if it has been measured already; ``where``: further columns that tell its rows apart."""
+        wanted = {"recipe": recipe, **where}
+        return next((row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())), None)
 
     def append(self, row: dict[str, Any]) -> dict[str, Any]:
         """Puts one finished cell on disk. On failure the file is as before and LaconicError says what to do."""

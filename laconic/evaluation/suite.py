@@ -1,4 +1,4 @@
-"""The claims of methods, measured: ``laconic compare --suite cards``."""
+"""Suites of ``laconic compare --suite``: the claims of methods, measured (cards); what drafting gains (decoding)."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from typing import Any
 from laconic.claims import Claim
 from laconic.errors import LaconicError
 from laconic.evaluation.compare import compare
+from laconic.evaluation.decoding_suite import decoding_suite
 from laconic.evaluation.results import dumps, write_atomic
 from laconic.method import Method
 from laconic.recipe import Recipe
 from laconic.registry import find, methods
 
-SUITES = ("cards",)
+SUITES = ("cards", "decoding")
+MODELS = {"cards": "needle", "decoding": "story"}  # where none is named
 
 
 def run_suite(
     suite: str = "cards",
     names: Sequence[str] | None = None,
     *,
-    model: Any = "needle",
+    model: Any = None,
     output: str | Path = "laconic-report",
     samples: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measures every claim of the named methods (by default of all that are not about pictures), and says which hold.
+    """``cards``: measures every claim of the named methods (by default of all that are not about pictures), says which hold.
 
     Claims that share a task are measured in one comparison, in a directory of its own below ``output``; what was
-    measured before is not measured again. ``samples`` overrides the claims' own number of examples.
+    measured before is not measured again. ``samples`` overrides the claims' own number of examples. By default the model is
+    the built-in one that a suite is made for. ``decoding`` gives the rows of ``decoding_suite``, which has more options.
 
     Returns:
         One row per claim: method, claim (a sentence), figure, value, rival, rival_value, budget, task, examples, holds.
@@ -38,6 +41,10 @@ def run_suite(
     """
     if suite not in SUITES:
         raise LaconicError(f"There is no suite '{suite}': use {' or '.join(SUITES)}.")
+    if suite == "decoding":
+        options: dict[str, Any] = {"samples": samples, "output": output, "overwrite": overwrite, "progress": progress}
+        return decoding_suite(model or MODELS[suite], methods=names, **options).rows
+    model = model or MODELS[suite]
     chosen = [find(name) for name in names] if names else [find(row["id"]) for row in methods() if row["stage"] != "vision"]
     todo = [(method, claim) for method in chosen for claim in method.claims]
     if not todo:

@@ -12,12 +12,12 @@ from typing import Any
 from laconic.budget import Budget
 from laconic.errors import LaconicError, quote
 from laconic.evaluation import measure
-from laconic.evaluation.compare import Interrupted, now
 from laconic.evaluation.progress import Advance, progress_bar
 from laconic.evaluation.provenance import identify, machine
 from laconic.evaluation.results import ResultStore, dumps, prepare_directory, write_atomic
 from laconic.evaluation.search import Search
 from laconic.evaluation.search_space import Space, choose_entries
+from laconic.evaluation.session import Interrupted, now
 from laconic.evaluation.verdict import Verdict, check
 from laconic.evaluation.workload import Work, check_options, default_task, open_model, open_work
 from laconic.method import Method

@@ -1,4 +1,3 @@
-"use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon2", "cross"];
 const narrow = window.matchMedia("(max-width: 40rem)");
@@ -137,11 +136,6 @@ function sortBy(button) {
 choices("x");
 choices("y");
 for (const button of document.querySelectorAll("#table thead button")) button.addEventListener("click", () => sortBy(button));
-const copy = document.getElementById("copy");
-if (copy) copy.addEventListener("click", async () => {
-  await navigator.clipboard.writeText(document.getElementById("command").textContent);
-  copy.textContent = "Copied";
-});
 dark.addEventListener("change", draw);
 narrow.addEventListener("change", draw);
 if (chosen.x) draw();
