@@ -53,7 +53,9 @@ class Handle:
     def __init__(self, model: torch.nn.Module, recipe: Recipe, *, measure: bool, reserve: int) -> None:
         for method in recipe.methods:
             if not isinstance(method, (AttentionMethod, VisionMethod)):
-                raise LaconicError(f"{method.id} works at the stage '{method.stage}', which apply does not reach yet.")
+                raise LaconicError(
+                    f"{method.id} works at the stage '{method.stage}', which apply does not reach: use laconic.generate."
+                )
         self.model, self.recipe, self.reserve = model, recipe, reserve
         self.policy = engine.Policy(tuple(m for m in recipe.methods if isinstance(m, AttentionMethod)), measure=measure)
         self.policy.model = model

@@ -12,7 +12,7 @@ from typing import Any
 from laconic.errors import LaconicError, quote
 from laconic.method import GUARANTEES, NEEDS, Method
 
-FAMILIES = ("laconic.attention", "laconic.vision")
+FAMILIES = ("laconic.attention", "laconic.decoding", "laconic.vision")
 _methods: dict[str, type[Method]] = {}
 _loaded = False
 

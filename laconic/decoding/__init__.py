@@ -1,0 +1,1 @@
+"""Decoding: fewer forwards, and fewer computed rows, per token."""
