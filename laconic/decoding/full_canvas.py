@@ -15,10 +15,10 @@ from laconic.registry import register
 @register
 @dataclass(frozen=True, kw_only=True)
 class FullCanvas(BlockMethod):
-    """Commits the most confident position of the block at every step, and computes the whole canvas for each: the reference.
+    """Commits the most confident position of the block at every step, and by default computes the whole canvas: the reference.
 
     ``per_step`` above 1 is the plain way to fewer steps: so many of the most confident ones, however unsure. Confidence is the
-    probability of the token. One forward per ``per_step`` new tokens, each over prompt and answer.
+    probability of the token. One forward per ``per_step`` new tokens, each over prompt and answer unless ``plan`` says otherwise.
     """
 
     id: ClassVar[str] = "full_canvas"

@@ -36,6 +36,7 @@ class WeDLM(DiffusionMethod):
     window: int = parameter(16, "masks at the end of every forward", least=1, search=(8, 32))
     entropy: float = parameter(0.4, "nats below which a mask is filled; 0 fills one at a time", least=0, search=(0.2, 0.6))
     distance: float = parameter(0.02, "nats added per position behind the first mask", least=0, search=(0.05, 0.1))
+    contiguous: bool = parameter(False, "fill only a run that starts at the first mask, as Lexical Unit Decoding does")
 
     def decode(self, run: Run) -> None:
         place = torch.arange(run.start, device=run.ids.device)
@@ -60,8 +61,11 @@ class WeDLM(DiffusionMethod):
             bias=_causal(run, done, count), keep=torch.arange(count - masks, count, device=place.device),
         )  # fmt: skip
         seen = run.prediction(place[count - masks :], logits)
-        limit = -self.entropy if self.entropy else math.inf
-        run.commit(seen, select(seen.certainty, seen.open, threshold=limit, penalty=self.distance, places=seen.positions))
+        taken = select(
+            seen.certainty, seen.open, threshold=-self.entropy if self.entropy else math.inf, penalty=self.distance,
+            places=seen.positions, contiguous=self.contiguous,
+        )  # fmt: skip
+        run.commit(seen, taken)
         return None if self._complete(run) else done + front
 
     def _complete(self, run: Run) -> bool:

@@ -17,10 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from laconic.models.templates import Documents
 from laconic.models.text_data import LIMIT, Batches
-from laconic.models.train_text import LONG, arguments, train
+from laconic.models.train_text import arguments, train
 
 HIDDEN, MLP, LAYERS, HEADS, KV_HEADS = 192, 512, 6, 6, 3
 LEAST = 0.05  # the smallest ratio of masks: its inverse is a token's weight
+ROOM = 0.7  # share of the positions of a batch that logits are computed of; batches with more masks than that are rare
 BLOCK = 16  # tokens that mask-causal learns to fill at a time
 KINDS = {"mask": "masked", "mask-causal": "causal"}  # what config.diffusion says
 
@@ -50,37 +51,45 @@ class Turns:
         self.mask, self.rng, self.turn = tokenizer.mask_token_id, np.random.default_rng(seed), 0
 
     def draw(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A quarter of the ``rows * length`` tokens in a turn of text, half of them in one of questions.
+
+        Rows of questions are short, and hold short questions only, until the windows of text are long.
+        """
         self.turn += 1
         if self.turn % 2:
-            ids = self.text.take(rows, length)
+            ids = self.text.take(max(1, rows // 4), length)
             return ids, np.ones_like(ids, dtype=bool)
-        shorter = 2 if length < LONG else 4  # answers end early, and padding teaches little
-        return self.documents.take(rows * shorter, length // shorter)
+        return self.documents.take(rows * 2, length // 4)
 
 
 class Noise(Turns):
-    """What `mask` learns from: true ids, ids with masks, and the weight of each masked position in the loss, 0 elsewhere.
+    """What `mask` learns from: ids with masks; and, of the masked positions, their places, true ids and weights in the loss.
 
     Every row has its ratio of masks t, uniform; a mask weighs 1 / t, which bounds the likelihood (LLaDA, eq. 3). The ratios
-    of a batch are spread evenly, which keeps the loss steady.
+    of a batch are spread evenly, which keeps the loss steady. Places count through all rows; there are always as many, those
+    that are not needed with a weight of 0.
     """
 
-    def take(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def take(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         ids, free = self.draw(rows, length)
         spread = (self.rng.permutation(len(ids)) + self.rng.random(len(ids))) / len(ids)
-        ratio = (LEAST + (1 - LEAST) * spread)[:, None]
+        ratio = np.broadcast_to((LEAST + (1 - LEAST) * spread)[:, None], ids.shape)
         masked = free & (self.rng.random(ids.shape) < ratio)
-        weight = masked / ratio / free.sum()
-        return ids, np.where(masked, self.mask, ids), weight.astype(np.float32)
+        order = np.argsort(~masked, axis=None, kind="stable")
+        chosen = order[: max(int(ids.size * ROOM), int(masked.sum()))]
+        weight = (masked / ratio / free.sum()).flat[chosen]
+        return np.where(masked, self.mask, ids), chosen, ids.flat[chosen], weight.astype(np.float32)
 
 
-def masked_loss(model: Any, ids: torch.Tensor, noisy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def masked_loss(
+    model: Any, noisy: torch.Tensor, chosen: torch.Tensor, true: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """Weighted cross-entropy in nats of the masked tokens; every position sees every other."""
-    rows, length = ids.shape
+    rows, length = noisy.shape
     seen = torch.ones(rows, 1, length, length, dtype=torch.bool)
     hidden = model.model(input_ids=noisy, attention_mask=seen, use_cache=False).last_hidden_state
-    each = cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), ids.flatten(), reduction="none")
-    return (each * weight.flatten()).sum()
+    each = cross_entropy(model.lm_head(hidden.flatten(0, 1)[chosen]).float(), true, reduction="none")
+    return (each * weight).sum()
 
 
 class TwoStreams(Turns):

@@ -97,3 +97,10 @@ def test_a_higher_entropy_needs_fewer_forwards_in_the_first_step(model):
         for entropy in (0.0, 0.5, 1.0, 2.0, 9.0)
     ]
     assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 16
+
+
+def test_a_contiguous_run_leaves_no_holes(model):
+    out = diffuse(model, prompt(), "wedlm(entropy=1.5, contiguous=true)", max_new_tokens=NEW)
+    assert [p for step in out.steps for p in step.positions[0]] == list(range(NEW)) and out.forwards < NEW
+    holes = diffuse(model, prompt(), "wedlm(entropy=1.5)", max_new_tokens=NEW)
+    assert [p for step in holes.steps for p in step.positions[0]] != list(range(NEW))
