@@ -3,7 +3,8 @@
 Every method answers the same held-out questions of `laconic.models.templates`. Prints one JSON object: per method right answers
 (exact match), forwards and computed token rows per question, needed tokens per forward, and its processor time relative to the
 first method of its model, which commits one token per step. One thread; processor time, so that other work on the machine
-does not count.
+does not count. Of each model also the loss on text that no model was trained on, in nats per token: of the masks, averaged over
+eight shares of them from 6 % to 94 % (which bounds the likelihood), or of the next token where attention is causal.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import laconic
 from laconic.bench.run import machine
 from laconic.decoding.diffuse import diffuse
 from laconic.errors import LaconicError
+from laconic.evaluation.haystack import reference_text
 from laconic.models.templates import Question, questions
 
 MASKED = (
@@ -49,11 +51,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="these only")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows, losses = [], {}
     for name, methods in ((options.model, MASKED), (options.causal, ("autoregressive", *CAUSAL))):
         model, tokenizer = laconic.load(name)
         asked = list(itertools.islice(questions(options.seed, held_out=True), options.samples))
-        first = None
+        first, losses[name] = None, text_loss(model, tokenizer)
         for method in methods:
             if options.methods and method not in options.methods:
                 continue
@@ -66,7 +68,23 @@ def main() -> None:
             rows.append({"model": name, **row, "speedup": first / row["seconds"]})
             print(f"{method}: {row['right']:.3f} right, {row['forwards']:.1f} forwards", file=sys.stderr, flush=True)
     settings = {"samples": options.samples, "canvas": options.canvas, "seed": options.seed}
-    print(json.dumps({**settings, "rows": rows, "machine": machine()}, indent=2))
+    print(json.dumps({**settings, "text_loss": losses, "rows": rows, "machine": machine()}, indent=2))
+
+
+@torch.inference_mode()
+def text_loss(model: Any, tokenizer: Any, windows: int = 16, length: int = 256) -> float:
+    """Nats per token on the held-out half of the Python language reference."""
+    ids = tokenizer(reference_text(), return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = ids[: len(ids) // length * length].view(-1, length)
+    ids = ids[:: max(1, len(ids) // windows)][:windows]
+    if model.config.diffusion == "causal":
+        return float(model(input_ids=ids, labels=ids).loss)
+    noise, seen, losses = torch.Generator().manual_seed(0), torch.zeros(len(ids), 1, length, length), []
+    for step in range(8):
+        masked = torch.rand(ids.shape, generator=noise) < (step + 0.5) / 8
+        logits = model(input_ids=ids.masked_fill(masked, model.config.mask_token_id), attention_mask=seen).logits
+        losses.append(float(torch.nn.functional.cross_entropy(logits[masked], ids[masked])))
+    return sum(losses) / len(losses)
 
 
 def measure(model: Any, tokenizer: Any, method: str, asked: list[Question], canvas: int) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def traces(model: Any, ids: torch.Tensor, block: int, new: int = CANVAS) -> tupl
     method.decode(slow)
     oracle = Oracle(slow.ids, block)
     method.decode_with(again, oracle)
-    return torch.cat(oracle.confidences), torch.cat(oracle.right)
+    return torch.cat(oracle.confidences).cpu(), torch.cat(oracle.right).cpu()
 
 
 class Oracle:

@@ -219,8 +219,11 @@ def test_what_cannot_work_is_one_sentence(model):
     refused("takes no padding", attention_mask=torch.tensor([[0] + [1] * 8]), method="window_diffusion")
     refused("there is no plan 'some'", method="fast_dllm(plan=some)")
     refused("relaxed=0.95 exceeds threshold=0.9", method="local_leap(relaxed=0.95)")
-    with laconic.apply(model, "snapkv:8"):
-        refused("outside of laconic.apply")
+    causal = make(kind="causal")
+    with laconic.apply(causal, "snapkv:8"):
+        refused("outside of laconic.apply", causal, method="wedlm")
+    with pytest.raises(LaconicError, match=r"fills in masks .* use laconic\.generate"):
+        laconic.apply(model, "snapkv:8")
 
 
 def test_diffusion_gemma_is_sent_to_its_own_generate():
