@@ -12,6 +12,7 @@ from laconic.decoding.canvas import Prediction, Run
 from laconic.decoding.diffuse import diffuse
 from laconic.decoding.full_canvas import FullCanvas
 from laconic.decoding.learn2pd import Oracle, make_filter, traces, train_filter
+from laconic.evaluation.calibration import calibration_texts
 from laconic.profiles import Profile, fingerprint, make_profile, weights_to_json
 from laconic.registry import get
 
@@ -157,3 +158,9 @@ def test_calibration_makes_a_profile_that_decodes(model, tmp_path, monkeypatch):
 def test_without_a_profile_it_says_how_to_make_one(model):
     with pytest.raises(LaconicError, match="laconic profile learn2pd"):
         diffuse(model, prompt(), "learn2pd")
+
+
+def test_templates_can_be_calibrated_on(tiny):
+    texts, answers = calibration_texts(tiny[1], None, "templates", 1024, 9, 1)
+    assert len(texts) == len(answers) == 9 and all(ids.dim() == 1 for ids in texts)
+    assert tiny[1].decode(texts[0]).startswith("copy: ")
