@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from laconic.errors import LaconicError, quote
-from laconic.evaluation import metrics
+from laconic.evaluation import metrics, template_tasks
 from laconic.evaluation.answers import RIGHT
 from laconic.evaluation.examples import Example, Task
 from laconic.evaluation.haystack import read_text, reference_text
@@ -72,12 +72,12 @@ def calibration_texts(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """Stretches of a file; without one, prompts of a task, whose ends ask for something in the text, and their answers.
 
-    A task file brings its own lengths. There are answers, the token ids that go on from each prompt, where every example
-    has one and it is a text, not a pattern.
+    A task file brings its own lengths, and so do the templates. There are answers, the token ids that go on from each prompt,
+    where every example has one and it is a text, not a pattern.
     """
     if text is not None:
         return text_samples(tokenizer, text, tokens, samples), None
-    lengths = None if task.endswith((".jsonl", ".ndjson")) else [tokens]
+    lengths = None if task.endswith((".jsonl", ".ndjson")) or task in template_tasks.TASKS else [tokens]
     made = load_task(task, tokenizer, lengths=lengths, samples=samples, seed=seed)
     if not made.examples:
         raise LaconicError(f"The task {task} has no examples: give at least one line with a prompt.")

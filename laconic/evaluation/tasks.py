@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.errors import LaconicError, quote
-from laconic.evaluation import picture_tasks, retrieval
+from laconic.evaluation import picture_tasks, retrieval, template_tasks
 from laconic.evaluation.examples import Example, Task
 from laconic.evaluation.haystack import read_text, reference_text
 from laconic.evaluation.prompts import TRIES, count_tokens
@@ -30,7 +30,7 @@ CHARACTERS = 16  # more than a token has on average in any tokenizer
 def task_names() -> list[str]:
     """Names that ``load_task`` knows; those of ``TEXT_TASKS`` also as ``NAME:FILE``, and the path of a ``.jsonl`` file, come
     on top."""
-    return [*retrieval.TASKS, *TEXT_TASKS, *picture_tasks.TASKS]
+    return [*retrieval.TASKS, *TEXT_TASKS, *picture_tasks.TASKS, *template_tasks.TASKS]
 
 
 def load_task(
@@ -64,6 +64,10 @@ def load_task(
         if lengths is not None:
             raise LaconicError(f"lengths goes with texts: {name} asks about pictures, which have their own.")
         return picture_tasks.make_task(name, samples, seed)
+    if name in template_tasks.TASKS:
+        if lengths is not None:
+            raise LaconicError(f"lengths goes with texts: the questions of {name} have their own.")
+        return template_tasks.make_task(name, samples, seed)
     base, _, argument = name.partition(":")
     chosen = _check_lengths(TEXT_TASKS.get(base, LENGTHS) if lengths is None else lengths)
     if name in retrieval.TASKS:

@@ -21,7 +21,7 @@ COOLING = 0.6  # share of the time, at the end, in which the learning rate falls
 WARMUP = 100  # steps
 RATE = 3e-3
 
-Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+Loss = Callable[..., torch.Tensor]  # of the model and the tensors of a batch
 
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -43,14 +43,16 @@ def save(model: torch.nn.Module, steps: list[torch.optim.Optimizer], out: Path, 
 
 
 def train(
-    make: Callable[[Any], torch.nn.Module], loss_of: Loss, data: Path, out: Path, minutes: float, seed: int, fuse: bool
-) -> None:
+    make: Callable[[Any], torch.nn.Module], loss_of: Loss, data: Path, out: Path, minutes: float, seed: int, fuse: bool,
+    feed: Callable[[Any, np.ndarray, int], Any] | None = None,
+) -> None:  # fmt: skip
     """Trains for ``minutes`` of wall clock, counted over all resumed runs.
 
     Args:
         make: gives the model, with random weights, for a tokenizer.
-        loss_of: the loss of a model on ids ``(rows, length)``; runs under bf16 autocast.
+        loss_of: the loss of a model on ids ``(rows, length)``, or on what ``feed`` gives; runs under bf16 autocast.
         fuse: compile the loss, a fifth faster where a C++ compiler is at hand.
+        feed: makes of tokenizer, text and seed something whose ``take(rows, length)`` gives arrays; else windows of the text.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -66,11 +68,13 @@ def train(
         state = {key: saved[key] for key in state}
     print(f"{len(corpus):,} tokens of text, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     computed = torch.compile(loss_of, dynamic=False) if fuse else loss_of
-    _loop(model, steps, computed, Batches(corpus, seed + state["step"]), state, out, minutes)
+    seed += state["step"]
+    batches = Batches(corpus, seed) if feed is None else feed(tokenizer, corpus, seed)
+    _loop(model, steps, computed, batches, state, out, minutes)
 
 
 def _loop(
-    model: torch.nn.Module, steps: list[torch.optim.Optimizer], loss_of: Loss, batches: Batches, state: dict[str, Any], out: Path,
+    model: torch.nn.Module, steps: list[torch.optim.Optimizer], loss_of: Loss, batches: Any, state: dict[str, Any], out: Path,
     minutes: float,
 ) -> None:  # fmt: skip
     begun, before, saved = time.time(), state["elapsed"], time.time()
@@ -82,9 +86,10 @@ def _loop(
             for group in optimizer.param_groups:
                 group["lr"] = rate
         length = LONG if share > LATE else SHORT
-        ids = torch.from_numpy(batches.take(TOKENS // length, length))
+        drawn = batches.take(TOKENS // length, length)
+        arrays = drawn if isinstance(drawn, tuple) else (drawn,)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, ids)
+            loss = loss_of(model, *map(torch.from_numpy, arrays))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in steps:

@@ -11,18 +11,19 @@ from itertools import pairwise
 import pytest
 
 from laconic.errors import LaconicError
-from laconic.evaluation import picture_tasks, wording
+from laconic.evaluation import picture_tasks, template_tasks, wording
 from laconic.evaluation.haystack import paragraphs, reference_text
 from laconic.evaluation.metrics import score
 from laconic.evaluation.prompts import build_prompt, place
 from laconic.evaluation.retrieval import end_pattern, spread
 from laconic.evaluation.tasks import Example, Task, load_task, task_names
 from laconic.models.names import code_names
+from laconic.models.templates import KINDS, is_held_out
 
 LENGTHS = [600, 1200]
 TEXTS = ("perplexity", "long_generation")
 PICTURES = tuple(picture_tasks.TASKS)
-NAMES = [name for name in task_names() if name not in PICTURES]
+NAMES = [name for name in task_names() if name not in (*PICTURES, *template_tasks.TASKS)]
 RETRIEVAL = [name for name in NAMES if name not in TEXTS]
 NAME = "[A-Z][a-z]{5}"
 
@@ -276,3 +277,13 @@ def test_impossible_settings(tmp_path) -> None:
     (tmp_path / "task.txt").write_text("x")
     with pytest.raises(LaconicError, match=r"a task file is named \.jsonl"):
         load_task(str(tmp_path / "task.txt"), tokenizer)
+
+
+def test_templates_are_held_out_and_have_no_length():
+    tokenizer = make_tokenizer("plain")
+    task = load_task("templates", tokenizer, samples=18, seed=3)
+    assert task == load_task("templates", tokenizer, samples=18, seed=3) != load_task("templates", tokenizer, samples=18, seed=4)
+    assert task.metric == "exact" and all(is_held_out(example.prompt) for example in task.examples)
+    assert [example.meta["kind"] for example in task.examples] == [*KINDS, *KINDS]
+    with pytest.raises(LaconicError, match="templates have their own"):
+        load_task("templates", tokenizer, lengths=[64])

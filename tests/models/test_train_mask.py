@@ -1,0 +1,159 @@
+"""What the diffusion models learn from: the weights of the masks, and that training sees what decoding will show."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from laconic.decoding.canvas import Run
+from laconic.models import train_mask
+from laconic.models.templates import WORDS
+from laconic.models.text_data import train_tokenizer
+from laconic.models.train_mask import BLOCK, LEAST, Noise, TwoStreams, build_model, masked_loss, two_stream_loss, two_stream_mask
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([" ".join(WORDS) + " 1 2 3 4 5 = ; ,\n"] * 5)
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HIDDEN": 24, "MLP": 32, "LAYERS": 2, "HEADS": 2, "KV_HEADS": 1}.items():
+            patch.setattr(train_mask, name, value)
+        torch.manual_seed(0)
+        models = [build_model(tokenizer, size) for size in ("mask", "mask-causal")]
+    for model in models:
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.data.mul_(8)
+    return models
+
+
+def corpus(tokenizer):
+    return np.random.default_rng(0).integers(4, len(tokenizer), 4000).astype(np.uint16)
+
+
+def test_the_config_says_what_the_model_is(small, tokenizer, tmp_path):
+    for model, kind in zip(small, ("masked", "causal"), strict=True):
+        model.save_pretrained(tmp_path / kind)
+        config = type(model.config).from_pretrained(tmp_path / kind)
+        assert (config.diffusion, config.mask_token_id) == (kind, tokenizer.mask_token_id)
+
+
+def test_a_model_can_start_from_another(small, tokenizer, tmp_path, monkeypatch):
+    for name, value in {"HIDDEN": 24, "MLP": 32, "LAYERS": 2, "HEADS": 2, "KV_HEADS": 1}.items():
+        monkeypatch.setattr(train_mask, name, value)
+    small[0].save_pretrained(tmp_path)
+    started = build_model(tokenizer, "mask-causal", tmp_path)
+    assert started.config.diffusion == "causal"
+    for ours, theirs in zip(started.parameters(), small[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_masks_weigh_the_inverse_of_their_ratio(tokenizer):
+    feed = Noise(tokenizer, corpus(tokenizer), 0)
+    for turn in range(8):
+        noisy, chosen, true, given = feed.take(16, 64)
+        masked = noisy == tokenizer.mask_token_id
+        assert len(set(chosen)) == len(chosen) == len(true) == len(given) >= int(0.7 * noisy.size)
+        weight = np.zeros(noisy.shape, np.float32)
+        weight.flat[chosen] = given
+        np.testing.assert_array_equal(weight > 0, masked)
+        np.testing.assert_array_equal(true[given == 0], noisy.flat[chosen][given == 0])
+        assert (weight.max(1) * masked.size >= masked.any(1)).all() and weight.max() * (~masked).size <= 4 / LEAST
+        for row, marks in zip(weight, masked, strict=True):
+            assert len(set(row[marks])) <= 1, "one ratio per row"
+        if turn % 2:
+            assert not masked[:, 0].any(), "questions are never masked"
+    totals = [feed.take(16, 64)[3].sum() for _ in range(60)]
+    assert abs(np.mean(totals) - 1) < 0.1, "a maskable token weighs 1 / their number in the mean"
+
+
+def test_the_loss_is_a_weighted_cross_entropy_with_full_attention(small):
+    model = small[0]
+    ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    noisy = ids.clone()
+    noisy[0, 3] = noisy[1, 7] = 3
+    chosen, weight = torch.tensor([3, 5, 12 + 7]), torch.tensor([0.5, 0.0, 2.0])
+    with torch.no_grad():
+        law = model(input_ids=noisy, attention_mask=torch.zeros(2, 1, 12, 12)).logits.log_softmax(-1)
+        expected = -0.5 * law[0, 3, ids[0, 3]] - 2.0 * law[1, 7, ids[1, 7]]
+        torch.testing.assert_close(masked_loss(model, noisy, chosen, ids.flatten()[chosen], weight), expected)
+
+
+def test_the_two_streams_are_the_same_tokens_in_another_order(tokenizer):
+    feed = TwoStreams(tokenizer, corpus(tokenizer), 1)
+    for turn in range(6):
+        stream, places, true, weight, free, seen = feed.take(8, 64)
+        rows, length = true.shape
+        ids, second, order = stream[:, :length], stream[:, length:], places[:, length:]
+        np.testing.assert_array_equal(np.sort(order, 1), np.broadcast_to(np.arange(length), order.shape))
+        np.testing.assert_array_equal(np.take_along_axis(ids, order, 1), true)
+        hidden = weight > 0
+        np.testing.assert_array_equal(second[~hidden], true[~hidden])
+        assert (second[hidden] == tokenizer.mask_token_id).all() and abs(weight.sum() - 1) < 1e-4
+        assert np.take_along_axis(free, order, 1)[hidden].all(), "only answers and text are masked"
+        assert seen.shape == (1, 1, 2 * length, 2 * length)
+        for row in range(rows):  # in each block what is known comes first; both kinds ascend
+            parts = np.flatnonzero(np.diff(order[row]) < 0)
+            assert len(parts) <= 2 * (length // BLOCK + 2)
+        if turn % 2:
+            assert not free[:, 0].any()
+
+
+def test_who_sees_whom():
+    seen = two_stream_mask(np.array([0, 0, 1, 1]))[0, 0].astype(int).tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+@torch.inference_mode()
+def test_training_shows_what_decoding_will(small, tokenizer):
+    """Logits of a block in the masked stream are those of a WeDLM forward over the same block behind a cache of true tokens."""
+    model = small[1]
+    stream, places, true, _, _, seen = TwoStreams(tokenizer, corpus(tokenizer), 2).take(2, 64)
+    length = true.shape[1]
+    trained = model(
+        input_ids=torch.from_numpy(stream), position_ids=torch.from_numpy(places),
+        attention_mask=torch.from_numpy(seen).expand(len(stream), -1, -1, -1),
+    ).logits[:, length:]  # fmt: skip
+    for start in np.flatnonzero(np.diff(seen[0, 0, length:, :length].sum(1))) + 1:  # where a block begins
+        stop = min(int(start) + BLOCK, length)
+        run, prefix, count = Run(model, torch.from_numpy(stream[:1, : int(start)]), 64), slice(0, int(start)), stop - int(start)
+        place = torch.arange(int(start))
+        run.forward(run.ids[:, prefix], place, write=prefix, read=prefix, bias=None, keep=place[:0])
+        later = torch.ones(count, stop, dtype=torch.bool).triu(int(start) + 1)
+        logits = run.forward(
+            torch.from_numpy(stream[:1, length + int(start) : length + stop]),
+            torch.from_numpy(places[0, length + int(start) : length + stop]),
+            write=slice(int(start), stop), read=slice(0, stop), keep=torch.arange(count),
+            bias=torch.zeros(later.shape).masked_fill(later, torch.finfo(torch.float32).min)[None, None],
+        )  # fmt: skip
+        torch.testing.assert_close(logits[0], trained[0, int(start) : stop], rtol=1e-3, atol=1e-3)
+
+
+def test_the_causal_loss_is_half_masks_half_next_tokens(small, tokenizer):
+    model = small[1]
+    tensors = [torch.from_numpy(x) for x in TwoStreams(tokenizer, corpus(tokenizer), 3).take(2, 32)]
+    stream, _, true, weight, free, _ = tensors
+    length = true.shape[1]
+    with torch.no_grad():
+        whole = two_stream_loss(model, *tensors)
+        plain = model(input_ids=stream[:, :length]).logits
+        each = cross_entropy(plain[:, :-1].flatten(0, 1), stream[:, 1:length].flatten(), reduction="none")
+        next_token = each[free[:, 1:].flatten()].mean()
+        nothing = two_stream_loss(model, *tensors[:3], weight * 0, *tensors[4:])
+    torch.testing.assert_close(nothing, next_token / 2, rtol=1e-4, atol=1e-4)
+    assert float(whole) > float(nothing)
