@@ -379,6 +379,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="Ends the text before this string; may be given several times.")
     ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="The answer has to match this pattern as a whole.")] = None,
+    schema: Annotated[Path | None, typer.Option("--schema", help="The answer has to be JSON after this schema, a file.")] = None,
+    grammar: Annotated[Path | None, typer.Option("--grammar", help="The answer has to follow this Lark grammar, a file.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of sampling, with --temperature.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: Device = None,
@@ -394,6 +397,8 @@ def generate(
       laconic generate --method tokenselect:256 < long.txt
       laconic generate --method h2o:10% --json < long.txt
       laconic generate "Once upon a time" --model story --draft token_recycling --show-tree
+      laconic generate "Her number is" --model story --regex " [0-9]{3}-[0-9]{4}"
+      laconic generate "Q: 12 + 7 = ?" --model mask --method local_leap
     """
     from laconic.evaluation.table import seconds, size
     from laconic.evaluation.workload import open_model
@@ -404,7 +409,7 @@ def generate(
         raise LaconicError("There is no tree to show: say what drafts with --draft, such as token_recycling.")
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "penalty": penalty,
-        "stop": stop or [], "seed": seed, "chat": chat,
+        "stop": stop or [], "seed": seed, "chat": chat, "constraint": _constraint(regex, schema, grammar),
     }  # fmt: skip
     if show_tree:
         from laconic.decoding.show import TreeView
@@ -420,15 +425,31 @@ def generate(
     if as_json:
         _print_json(result)
         return
-    stats = result["stats"]
-    print(
-        f"{result['prompt_tokens']} + {result['tokens']} tokens, {result['method']}: "
-        f"prefill {seconds(result['prefill_s'])}, decode {seconds(result['decode_s'])}/token, "
-        f"{size(stats['bytes_kept'])} kept, {size(stats['bytes_read'])} read/step",
-        file=sys.stderr,
-    )
-    if draft is not None:
-        print(_draft_line(result), file=sys.stderr)
+    stats, prefill = result["stats"], result["prefill_s"]
+    line = f"{result['prompt_tokens']} + {result['tokens']} tokens, {result['method']}: "
+    line += "" if prefill is None else f"prefill {seconds(prefill)}, "
+    line += f"decode {seconds(result['decode_s'])}/token"
+    line += "" if stats is None else f", {size(stats['bytes_kept'])} kept, {size(stats['bytes_read'])} read/step"
+    print(line, file=sys.stderr)
+    if stats is None or draft is not None:
+        print(_forwards_line(result), file=sys.stderr)
+    if result["satisfied"] is False:
+        raise LaconicError("The text ended before it satisfied the constraint: give more --max-new-tokens.")
+
+
+def _constraint(regex: str | None, schema: Path | None, grammar: Path | None) -> Callable[[Any], Any] | None:
+    """What makes the constraint of a tokenizer."""
+    if sum(given is not None for given in (regex, schema, grammar)) > 1:
+        raise LaconicError("An answer follows one of --regex, --schema and --grammar: give one of them.")
+    if regex is schema is grammar is None:
+        return None
+    from laconic.decoding import constraints
+    from laconic.evaluation.haystack import read_text
+
+    if regex is not None:
+        return functools.partial(constraints.regex, regex)
+    make = constraints.json_schema if schema is not None else constraints.lark
+    return functools.partial(make, read_text(schema if schema is not None else grammar))
 
 
 def _speed(plain: dict[str, Any], drafted: dict[str, Any]) -> float | None:
@@ -436,7 +457,7 @@ def _speed(plain: dict[str, Any], drafted: dict[str, Any]) -> float | None:
     return plain["decode_s"] / drafted["decode_s"] if plain["decode_s"] and drafted["decode_s"] else None
 
 
-def _draft_line(result: dict[str, Any]) -> str:
+def _forwards_line(result: dict[str, Any]) -> str:
     each = result["tokens_per_forward"]
     each = "no" if each is None else f"{each:.2f}"
     line = f"{result['forwards']} forwards, {each} tokens per forward, {result['guarantee']}"

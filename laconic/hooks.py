@@ -202,6 +202,8 @@ def check_model(model: torch.nn.Module) -> int:
     if getattr(config, "is_encoder_decoder", False):
         raise LaconicError(f"{name} is an encoder-decoder model: laconic.apply serves decoder-only models.")
     text = config.get_text_config()
+    if getattr(text, "diffusion", None) == "masked":
+        raise LaconicError(f"{name} fills in masks with full attention, which laconic.apply cannot serve: use laconic.generate.")
     foreign = set(getattr(text, "layer_types", None) or []) - LAYER_TYPES
     if foreign:
         raise LaconicError(f"{name} has layers of type {', '.join(sorted(foreign))}: these keep no keys to choose from.")

@@ -69,6 +69,10 @@ class Drafter:
     def __init__(self, method: DraftMethod, setting: Setting) -> None:
         self.method, self.setting = method, setting
 
+    def begin(self, setting: Setting) -> None:
+        """Told of a new run that goes on with what it knows."""
+        self.setting = setting
+
     def propose(self, text: Text, room: int) -> DraftTree:
         """A tree for every row of the batch, of ``method.nodes`` nodes at most behind the root and no deeper than ``room``."""
         rows = [([ids[-1]], [-1]) if done else self.propose_row(row, ids, room)

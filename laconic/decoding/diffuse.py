@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from laconic.decoding.diffusion import DiffusionMethod
 from laconic.decoding.canvas import Run, Step
+from laconic.decoding.diffusion import DiffusionMethod
 from laconic.errors import LaconicError
 from laconic.recipe import Recipe
 

@@ -172,7 +172,8 @@ class _Run:
             self.setting.prefill, self.setting.places = output, self.runner.cache.request.positions
             if self.drafter is None:
                 self.drafter = self.method.drafter(self.setting)
-            self.drafter.setting = self.setting
+            else:
+                self.drafter.begin(self.setting)
             self.result.draft_s += time.perf_counter() - start
         while not all(self.text.done):
             self._step()

@@ -38,9 +38,10 @@ class _Flash(Drafter):
         with torch.inference_mode():
             self._absorb(*self._prompt())
 
+    def begin(self, setting: Setting) -> None:
+        raise LaconicError(f"{self.method.id} knows the text that it began with: start each text with a new drafter.")
+
     def propose(self, text: Text, room: int) -> DraftTree:
-        if text is not self.setting.text:
-            raise LaconicError(f"{self.method.id} knows the text that it began with: start each text with a new drafter.")
         depth = min(self.method.depth or len(self.accuracy), room)
         rows = [self.accuracy[i % len(self.accuracy)] for i in range(depth)]
         shape = best_tree(tuple(rows), self.method.nodes).expand(len(text.rows)).to(self.head.weight.device)

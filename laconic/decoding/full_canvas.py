@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from laconic.decoding.diffusion import BlockMethod, Rule
 from laconic.decoding.canvas import Run
+from laconic.decoding.diffusion import BlockMethod, Rule
 from laconic.decoding.positions import select
 from laconic.method import parameter
 from laconic.registry import register

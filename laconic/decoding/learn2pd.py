@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from laconic.decoding.diffusion import BlockMethod, Rule
 from laconic.decoding.canvas import Prediction, Run
+from laconic.decoding.diffusion import BlockMethod, Rule
 from laconic.decoding.full_canvas import FullCanvas
 from laconic.decoding.positions import select
 from laconic.method import parameter

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from laconic.decoding.diffusion import BlockMethod, Rule
 from laconic.decoding.canvas import Prediction, Run
+from laconic.decoding.diffusion import BlockMethod, Rule
 from laconic.decoding.positions import select
 from laconic.method import parameter
 from laconic.registry import register

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from laconic.decoding.diffusion import DiffusionMethod
 from laconic.decoding.canvas import Run
+from laconic.decoding.diffusion import DiffusionMethod
 from laconic.decoding.positions import select
 from laconic.method import parameter
 from laconic.registry import register

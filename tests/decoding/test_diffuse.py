@@ -234,5 +234,5 @@ def test_diffusion_gemma_is_sent_to_its_own_generate():
 
 
 def test_apply_says_where_these_methods_belong(model):
-    with pytest.raises(LaconicError, match=r"local_leap works at the stage 'sample', .* use laconic\.generate"):
+    with pytest.raises(LaconicError, match=r"local_leap decides how text is written.* laconic\.generate"):
         laconic.apply(model, "local_leap")
