@@ -93,7 +93,7 @@ class DraftMethod(Method):
     verifier: str = parameter("", "how drafts are checked; the first is the default, typical is lossy", search=())
 
     def __post_init__(self) -> None:
-        if not self.verifier:
+        if self.verifier == "":
             object.__setattr__(self, "verifier", self.verifiers[0])
         super().__post_init__()
         counted = self.budget.amount is not None and self.budget.shape == "uniform"
