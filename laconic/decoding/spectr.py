@@ -95,10 +95,11 @@ class SpecTr(DraftModelMethod):
     verifiers: ClassVar[tuple[str, ...]] = ("k_seq", "match", "typical")
 
     budget: Budget = parameter(Budget(amount=32), "tokens drafted in each forward, over all drafts")  # noqa: RUF009
-    drafts: int = parameter(8, "drafts", least=1)
+    drafts: int = parameter(8, "drafts written in parallel; each gets its share of the budget", least=1)
 
     def check(self) -> None:
-        self.require(self.drafts <= self.nodes, f"{self.drafts} drafts need a budget of {self.drafts} tokens or more.")
+        fits = self.nodes is None or self.drafts <= self.nodes  # None: a share, which is refused for itself
+        self.require(fits, f"{self.drafts} drafts need a budget of {self.drafts} tokens or more.")
 
     def drafter(self, setting: Setting) -> Drafter:
         return Drafts(self, setting)

@@ -62,7 +62,8 @@ class Speculative(DraftModelMethod):
         counts = self.branches.split("x") if self.branches else []
         self.require(all(c.isascii() and c.isdigit() and int(c) for c in counts), "branches are counts such as 4x2x1x1.")
         size = sum(accumulate(map(int, counts), mul))
-        self.require(size <= self.nodes, f"branches={self.branches} are {size} tokens: give a budget of {size}.")
+        fits = self.nodes is None or size <= self.nodes  # None: a share, which is refused for itself
+        self.require(fits, f"branches={self.branches} are {size} tokens: give a budget of {size}.")
 
     @property
     def levels(self) -> list[int]:
