@@ -70,7 +70,6 @@ class _Spans(Drafter):
         whole = step.tree.prompts.shape.real[:, self.first :].to(end.device)
         last = step.tree.shape.depths.argmax(-1) == end  # the node that the PAD rows stand behind
         sure = (confidence >= self.method.confidence).cumprod(-1).bool()[:, 1:] & whole & last[:, None]
-        sure &= confidence[:, :1] >= self.method.confidence
         new = (said[:, 1:] != said[:, :-1]).cumprod(-1).bool()
         counts = (sure & new).sum(-1).tolist()
         self.spans = [row[:count] for row, count in zip(said[:, 1:].tolist(), counts, strict=True)]

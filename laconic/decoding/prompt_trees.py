@@ -41,6 +41,7 @@ class PromptTree:
         return float(sum(depth * chance for depth, chance in zip(self.shape.depths[0].tolist(), self.stops, strict=True)))
 
 
+@functools.cache
 def first_tree(ahead: int) -> PromptTree:
     """Nothing is guessed yet: the newest token, with all prompt rows."""
     return PromptTree(TreeShape.chain(0), (ahead,), (1.0,))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import laconic
 from laconic import LaconicError, get
+from laconic.cli import app
 from laconic.decoding.engine import decode
 from laconic.decoding.prompt_trees import first_tree, lay_out, plan
 from laconic.decoding.runner import Runner
@@ -182,6 +185,20 @@ def test_training_leaves_the_model_and_beats_no_training(method, name, monkeypat
         assert all(row[0] > 0.9 for row in tables["accuracy"])
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_makes_a_profile_that_drafts(method, tmp_path, monkeypatch):
+    monkeypatch.setattr("laconic.decoding.distill.MEASURED", 1)
+    monkeypatch.setattr("laconic.decoding.latency.ROWS", (1, 2))
+    path = str(tmp_path / "made.json")
+    arguments = ["profile", method, "--tokens", "64", "--samples", "2", "--steps", "2", "--output", path]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    model, tokenizer = laconic.load("needle")
+    inputs = dict(tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False))
+    out = decode(model, inputs, f"{method}(profile={path}):8", max_new_tokens=12)
+    assert out.rows == decode(model, inputs, max_new_tokens=12).rows
 
 
 @pytest.mark.parametrize("method", METHODS)

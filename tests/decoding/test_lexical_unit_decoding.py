@@ -16,7 +16,7 @@ from laconic.decoding.tree import DraftTree, TreeShape
 from laconic.decoding.verify import trust
 from laconic.models.train_lexical_units import choose_units, fine_tune, pad_token, training_mask, unit_loss, units
 from tests import tiny
-from tests.decoding.drafts import TEXT, known, taught
+from tests.decoding.drafts import CYCLE, TEXT, known, taught
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,13 @@ def test_without_trust_it_is_greedy_decoding(name, models):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_text_that_is_known_is_said_in_units(name, models):
-    plain = decode(models[name], known(), max_new_tokens=40)
-    out = decode(models[name], known(), "lexical_unit_decoding(confidence=0.8)", max_new_tokens=40)
-    agree = torch.tensor(out.rows) == torch.tensor(plain.rows)
-    assert agree.float().mean() > 0.9
+    """Faster than a token a forward, with few slips; when it is careful there is none."""
+    after, right = dict(itertools.pairwise([*CYCLE.tolist(), int(CYCLE[0])])), []
+    for confidence in (1.5, 0.8):
+        out = decode(models[name], known(), f"lexical_unit_decoding(confidence={confidence})", max_new_tokens=40)
+        right.append(sum(after.get(a) == b for row in out.rows for a, b in itertools.pairwise(row)) / 78)
     assert out.tokens_per_forward > 1.5 and len(out.accepted) <= 4
+    assert right[0] == 1 and right[1] > 0.75
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.3, 0.7])
@@ -131,7 +133,8 @@ def test_the_cache_is_that_of_the_tokens_that_were_said(models):
         engine.Runner = original
     assert out.tokens_per_forward > 1.5
     runner = held[0]
-    runner.cache.close_gaps()
+    with torch.inference_mode():
+        runner.cache.close_gaps()
     for row in range(2):
         ids = torch.cat([known(2)["input_ids"][row], torch.tensor(out.rows[row])])
         plain = runner.handle.cache()
