@@ -54,6 +54,22 @@ class Rest:
         return sum(t.numel() * t.element_size() for t in (self.key_sum, self.value_sum, self.count))
 
 
+@dataclass(frozen=True)
+class Lasting:
+    """A tensor in a memory that a crop leaves as it is: whoever reads it knows by positions what of it still counts."""
+
+    tensor: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> Lasting:
+        return Lasting(_rows(self.tensor, index))
+
+    def copy(self) -> Lasting:
+        return Lasting(self.tensor.clone())
+
+    def cropped(self, left: int) -> Lasting:
+        return self
+
+
 class Request:
     """What the layers of one cache share: the policy that serves them, the incoming positions, and the figures.
 
@@ -65,6 +81,8 @@ class Request:
         living: int64 ``(batch, k)``: positions of the rows that reach the running layer, -1 in front; None for all.
         into: int64 ``(batch, positions)``: position of the token that takes in the one at each position when that does not go
             onward, -1 for none; None for nobody. What takes others in enters the next layer as the mean of them all.
+        adds: boolean ``(batch, positions)``: tokens whose mean is added to what takes them in instead; None for nobody.
+        merged: as ``into``, of all layers of the latest forward of more than one token together, for pictures of it.
         pictures: int64 ``(batch, positions)``: number of the picture that the token at each position belongs to, ``WORD`` for
             words, ``OTHER`` for separators; None where the running forward brings no picture, or nobody asked.
         looked: the :class:`laconic.vision.picture.Picture` of that forward, by number.
@@ -74,7 +92,7 @@ class Request:
         figures: per layer, what the last forward kept and read (see ``Policy``).
         memory: what methods hand from layer to layer (a selection that deeper layers use again, scores that add up over
             depth). Tensors in it have the batch as first dimension and follow reordering. A crop leaves only what says how
-            it looks then: ``value.cropped(count)``, after the last ``count`` tokens are forgotten.
+            it looks then: ``value.cropped(left)``, when the first ``left`` tokens are left; None to be forgotten.
     """
 
     def __init__(self) -> None:
@@ -83,6 +101,8 @@ class Request:
         self.onward: torch.Tensor | None = None
         self.living: torch.Tensor | None = None
         self.into: torch.Tensor | None = None
+        self.adds: torch.Tensor | None = None
+        self.merged: torch.Tensor | None = None
         self.branches: Branches | None = None
         self.count: int | None = None
         self.pictures: torch.Tensor | None = None
@@ -111,7 +131,7 @@ class KVLayer(CacheLayerMixin):
         tracks: per-entry tensors ``(batch, kv_heads, n)`` of methods (accumulated scores, ...), which follow every
             eviction, reordering and crop.
         memory: anything else a method keeps for this request and layer (the last query, the last selection, ...).
-            Tensors in it have the batch as first dimension and follow reordering.
+            Tensors in it have the batch as first dimension and follow reordering. Crops are as in ``Request.memory``.
         rest: one entry per row and head that stands for evicted ones, or None; see ``fold``.
         turned: the keys as the running forward sees them, ``(batch, kv_heads, n, head_dim)``, where that is not as they were
             written; see ``renumber``. Gone as soon as entries are evicted.
@@ -233,7 +253,8 @@ class KVLayer(CacheLayerMixin):
             self._keep(order.masked_fill(take(gone, order) | (take(positions, order) < 0), -1))
         self.seen -= count
         self._last = last - count
-        self.memory = {name: value for name, value in self.memory.items() if name == "prompt"}  # shares stay what they were
+        prompt = {name: value for name, value in self.memory.items() if name == "prompt"}  # shares stay what they were
+        self.memory = prompt | cropped(self.memory, self.seen)
         self._outdate()
 
     def settle(self, path: torch.Tensor, count: int, *, moved: bool = True) -> None:
@@ -551,6 +572,12 @@ def _rows(value: Any, index: torch.Tensor) -> Any:
     return value.rows(index) if hasattr(value, "rows") else value
 
 
+def cropped(memory: dict[str, Any], left: int) -> dict[str, Any]:
+    """What of a memory outlives a crop to the first ``left`` tokens: values with a method ``cropped`` say what they are then."""
+    found = {name: value.cropped(left) for name, value in memory.items() if hasattr(value, "cropped")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
@@ -584,8 +611,7 @@ class KVCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        memory = self.request.memory
-        self.request.memory = {name: v.cropped(-tokens_to_remove) for name, v in memory.items() if hasattr(v, "cropped")}
+        self.request.memory = cropped(self.request.memory, self.get_seq_length())
 
     def settle(self, path: torch.Tensor, count: int) -> None:
         """Keeps of a draft's ``count`` entries in every layer those at ``path`` (batch, k); see ``KVLayer.settle``.

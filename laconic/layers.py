@@ -20,7 +20,8 @@ class LayerShrinker:
     every deeper layer the rows of the others are taken out of all that it gets, and its cache receives the living tokens
     with their true positions. After the layer the rows are put back where they stood, so that whatever the model does
     between layers, and its output, have their usual length: the row of a dead token is its hidden state from where it died.
-    Tokens that go on may take others in (``Request.into``): they become the mean of the hidden states of all.
+    Tokens that go on may take others in (``Request.into``): they become the mean of the hidden states of all, or the sum of
+    their own and of the others' mean (``Request.adds``). Who took whom in is told afterwards (``Request.merged``).
 
     Rows of a batch may keep different numbers of tokens: the shorter ones are padded on the left, with position -1.
     """
@@ -46,11 +47,12 @@ class LayerShrinker:
         self.stop()
         if request.positions is not None and request.positions.shape[1] > 1:
             self._request = request
+            request.merged = None
 
     def stop(self) -> None:
         """The forward is over, or has failed."""
         if self._request is not None:
-            self._request.onward = self._request.living = self._request.into = None
+            self._request.onward = self._request.living = self._request.into = self._request.adds = None
         self._request = self._onward = self._rows = self._whole = None
 
     def _before(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -88,16 +90,24 @@ class LayerShrinker:
         return rows
 
     def _take_in(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """What the layer is given, with hidden states in which tokens that take others in are the mean of them all."""
-        into, self._request.into = self._request.into, None
+        """What the layer is given, with hidden states in which tokens that take others in stand for them all."""
+        request = self._request
+        into, adds = request.into, request.adds
+        request.into = request.adds = None
+        request.merged = into if request.merged is None else torch.where(into >= 0, into, request.merged)
         hidden = (args[0] if args else kwargs["hidden_states"]).clone()
         for row in (into >= 0).any(-1).nonzero()[:, 0].tolist():
             givers = (into[row] >= 0).nonzero()[:, 0]
             members = torch.cat([givers, into[row, givers]]).unique()  # positions of all that take part
             target = into[row, members]
             merge = Merge(torch.searchsorted(members, torch.where(target >= 0, target, members)).to(hidden.device))
-            slots = torch.searchsorted(self._request.positions[row].to(members.device), members).to(hidden.device)
-            hidden[row, slots[merge.kept]] = merge.mean(hidden[row, slots]).to(hidden.dtype)
+            slots = torch.searchsorted(request.positions[row].to(members.device), members).to(hidden.device)
+            made = merge.mean(hidden[row, slots])
+            if adds is not None:
+                sums = hidden[row, slots[merge.kept]] + merge.of_others(hidden[row, slots])[0]
+                added = torch.isin(merge.kept, merge.into[adds[row, members].to(hidden.device)])
+                made = torch.where(added[:, None], sums, made)
+            hidden[row, slots[merge.kept]] = made.to(hidden.dtype)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _put_back(self, rows: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,14 @@ class Merge:
         summed.index_add_(0, target[real], weights[:, None] * values[real].float())
         return (summed / total[:, None].clamp(min=1e-12))[self.kept]
 
+    def of_others(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean of those that joined each kept token, without itself, ``(kept, width)`` of ``values`` (n, width) as float32, 0
+        where nobody did; and how many they are, float32 ``(kept, 1)``."""
+        joins = (self.into >= 0) & (self.into != torch.arange(len(self.into), device=self.into.device))
+        total = torch.zeros(values.shape, device=values.device).index_add_(0, self.into[joins], values[joins].float())
+        count = torch.bincount(self.into[joins], minlength=len(values)).float()[:, None]
+        return (total / count.clamp(min=1))[self.kept], count[self.kept]
+
 
 def join_nearest(keys: torch.Tensor, targets: torch.Tensor, movers: torch.Tensor) -> torch.Tensor:
     """For each of ``movers`` (m,) the one of ``targets`` (t,) with the largest cosine of ``keys`` (n, dim); ties to the first."""

@@ -31,7 +31,9 @@ class AttentionDebias(InsideMethod):
     Words attend more to late picture tokens than to early ones, whatever they show. A profile holds the trend of every layer, an
     exponential fitted to the mean attention at each place over many prompts; scores are divided by it. Tokens that show only
     padding count as 0 (where pixels come as patches, as in Qwen-VL, there is none). The other method is named first:
-    ``attention_debias(fastv):11%``. Calibrate on prompts that are not those of the comparison.
+    ``attention_debias(fastv):11%``. Calibrate on prompts that are not those of the comparison. Of a method that drops in stages
+    the released code changes the first choice only, and leaves the later ones to the scores as they are: ``faithful_code`` does
+    so too.
     """
 
     id: ClassVar[str] = "attention_debias"
@@ -43,6 +45,7 @@ class AttentionDebias(InsideMethod):
     of: str = parameter("fastv", "the method whose scores are debiased, with its parameters")
     profile: str = parameter("", "file made by laconic profile; empty: the one that comes with a built-in model", search=())
     padding: bool = parameter(True, "take tokens that show only padding out of the choice")
+    faithful_code: bool = parameter(False, "as released: of several stages only the first is changed", search=())
 
     def check(self) -> None:
         super().check()
@@ -69,6 +72,10 @@ class AttentionDebias(InsideMethod):
         return getattr(self.inner, "watches_parts", ())
 
     @property
+    def adds(self) -> bool:
+        return self.inner.adds
+
+    @property
     def narrows_steps(self) -> bool:
         return getattr(self.inner, "narrows_steps", False)
 
@@ -83,6 +90,8 @@ class AttentionDebias(InsideMethod):
         worth = self.inner.worth(layer, call)
         for held in pictures_in(layer):
             row, slots = held.row, held.slots
+            if self.faithful_code and layer.index > min(self.stays(held.size, layer.layers)):
+                continue
             worth[row, slots] /= (slope * held.places / held.size).exp()
             if self.padding:
                 picture = layer.request.looked[held.number]

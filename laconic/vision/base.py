@@ -52,7 +52,7 @@ class VisionMethod(Method):
     stage: ClassVar[str] = "vision"
     verbs: ClassVar[tuple[str, ...]] = ("drop",)
     claims: ClassVar[tuple[Claim, ...]] = PICTURE_CLAIMS
-    thins: ClassVar[bool] = False  # lets patches leave inside the encoder (see ``laconic.vision.thinning``)
+    thins: ClassVar[type | None] = None  # what lets patches leave inside the encoder (see ``laconic.vision.thinning``)
     reads_first_layer: ClassVar[bool] = False  # looks at ``Picture.from_words``
     rests: ClassVar[tuple[str, ...]] = ("drop", "park")
 

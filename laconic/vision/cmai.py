@@ -10,7 +10,7 @@ import torch
 from laconic import kernels
 from laconic.attention.base import AttentionMethod, Call
 from laconic.attention.prefill import prefill_attention
-from laconic.cache import WORD, KVLayer, Request
+from laconic.cache import WORD, KVLayer, Lasting, Request
 from laconic.claims import Claim
 from laconic.kernels.ragged import dense
 from laconic.method import parameter
@@ -37,7 +37,7 @@ class CMAI(AttentionMethod):
     token stays. It holds for the words of the prompt and for each that is written, from the share ``since`` of the layers on.
     Words are what is neither picture nor separator, special tokens among them. This saves nothing: the words of a prompt cost
     their attention once more, a step reads the keys twice, and each of these layers remembers 4 bytes for every word and picture
-    token. After a crop nothing is inhibited. The source publishes no code, and trains with it: this is our reading, of a model
+    token. The source publishes no code, and trains with it: this is our reading, of a model
     that was not trained with it. Its other half is ``vmtc_cmai``.
     """
 
@@ -71,7 +71,7 @@ class CMAI(AttentionMethod):
         return output, read * layer.keys.element_size()
 
     def _prompt(self, layer: KVLayer, call: Call) -> torch.Tensor:
-        keys, values, kinds = dense(layer.keys), dense(layer.values), layer.request.memory[KINDS]
+        keys, values, kinds = dense(layer.keys), dense(layer.values), layer.request.memory[KINDS].tensor
         output = prefill_attention(
             call.query, keys, values, layer.shared_positions, scale=call.scale, window=call.window, softcap=call.softcap,
             reach=call.reach,
@@ -114,11 +114,11 @@ class CMAI(AttentionMethod):
         Args:
             weights: their attention, ``(kv_heads, group, r, n)``. seen: boolean ``(kv_heads or 1, r, n)``.
         """
-        kinds, store = layer.request.memory[KINDS][row], layer.memory[INTEREST][row]
+        kinds, store = layer.request.memory[KINDS].tensor[row], layer.memory[INTEREST].tensor[row]
         nowhere = len(kinds)  # a position that stands for none
         at = layer.positions[row].masked_fill(layer.positions[row] < 0, nowhere)
         attention, sees = (by_position(x, at, nowhere) for x in (weights.mean(1), seen.expand(len(at), -1, -1).float()))
-        columns = layer.memory[COLUMNS][row]
+        columns = layer.memory[COLUMNS].tensor[row]
         columns = columns.masked_fill(columns < 0, nowhere)
         words = (kinds == WORD).nonzero()[:, 0]
         store[torch.searchsorted(words, own)] = attention[:, columns]
@@ -146,18 +146,29 @@ def by_position(values: torch.Tensor, at: torch.Tensor, nowhere: int) -> torch.T
 def find_pictures(layer: KVLayer) -> bool:
     """Takes down what the running forward brings of pictures and words; whether the layer has been given any picture token."""
     request, memory = layer.request, layer.memory
+    columns = memory[COLUMNS].tensor if COLUMNS in memory else None
+    if columns is not None:
+        columns = columns.masked_fill(columns >= first_of(request).to(columns.device), -1)
     if request.pictures is not None:
         fresh = shown_positions(request)
-        memory[COLUMNS] = torch.cat([memory[COLUMNS], fresh], dim=1) if COLUMNS in memory else fresh
-    if COLUMNS not in memory or not memory[COLUMNS].shape[1]:
+        columns = fresh if columns is None else torch.cat([columns, fresh], dim=1)
+    if columns is None or not columns.shape[1]:
         return False
-    columns, known = memory[COLUMNS], memory.get(INTEREST)
-    words = int((kinds_so_far(request) == WORD).sum(-1).max())
-    if known is None or known.shape[1] < words or known.shape[2] < columns.shape[1]:
-        memory[INTEREST] = torch.zeros(len(columns), words + words // 2 + 64, columns.shape[1], device=columns.device)
+    memory[COLUMNS] = Lasting(columns)
+    known, words = memory.get(INTEREST), int((kinds_so_far(request) == WORD).sum(-1).max())
+    if known is None or known.tensor.shape[1] < words or known.tensor.shape[2] < columns.shape[1]:
+        room = torch.zeros(len(columns), words + words // 2 + 64, columns.shape[1], device=columns.device)
         if known is not None:
-            memory[INTEREST][:, : known.shape[1], : known.shape[2]] = known
+            room[:, : known.tensor.shape[1], : known.tensor.shape[2]] = known.tensor
+        memory[INTEREST] = Lasting(room)
     return True
+
+
+def first_of(request: Request) -> torch.Tensor:
+    """Position of each row's first token of the running forward, int64 ``(batch, 1)``: what is known of it and of later ones is
+    of a text that was cropped."""
+    at = request.positions
+    return at.masked_fill(at < 0, torch.iinfo(at.dtype).max).amin(-1, keepdim=True)
 
 
 def shown_positions(request: Request) -> torch.Tensor:
@@ -171,10 +182,12 @@ def shown_positions(request: Request) -> torch.Tensor:
 def kinds_so_far(request: Request) -> torch.Tensor:
     """What stands at every position so far, ``(batch, positions)``, as in ``Request.pictures``; this forward's are added."""
     count = int(request.positions.max()) + 1
-    known = request.memory.get(KINDS, request.pictures)
+    known = request.memory[KINDS].tensor if KINDS in request.memory else request.pictures
     kinds = torch.nn.functional.pad(known, (0, max(0, count - known.shape[1])), value=WORD)
+    cut = torch.arange(kinds.shape[1], device=kinds.device) >= first_of(request).to(kinds.device)
+    kinds = kinds.masked_fill(cut, WORD)
     if request.pictures is not None:
         new = request.pictures
         kinds[:, : new.shape[1]] = torch.where(new == WORD, kinds[:, : new.shape[1]], new)
-    request.memory[KINDS] = kinds
+    request.memory[KINDS] = Lasting(kinds)
     return kinds

@@ -16,6 +16,7 @@ from laconic.vision.neurons import CHOSEN
 from laconic.vision.watch import add_at, rows_at
 
 TABLE = "corematching.overlap"
+REFERENCE = 5  # the released code compares with the fifth token from the end
 
 
 @register
@@ -26,7 +27,10 @@ class CoreMatching(InsideMethod):
     A token's core neurons are the share ``token_share`` of its largest positive activations; the sentence's are the share
     ``core_share`` of all neurons that are core for most tokens. A token's worth is how many of the sentence's core neurons it
     activates in layer number ``layers``; the one after it is the last that computes the whole picture. The source takes those
-    above the elbow of the sorted curve, so that their number is an outcome; here the budget says how many.
+    above the elbow of the sorted curve, so that their number is an outcome; here the budget says how many. The released code
+    compares with a single token, the fifth from the end of the prompt, by all neurons that are on in both: ``faithful_code`` does
+    so too. It also sets the keys of the others to zero instead of dropping them, which takes attention away from the rest; that
+    is not repeated here.
 
     With ``neurons`` below 1, the steps after a prompt with pictures compute only that share of every layer's feed-forward part:
     the neurons that are core for most tokens there. Their rows and columns are copied once, at the end of the prompt, so that a
@@ -43,6 +47,7 @@ class CoreMatching(InsideMethod):
     token_share: float = parameter(0.4, "share of a token's positive activations that is core", least=0, search=())
     core_share: float = parameter(0.4, "share of all neurons that are the sentence's core", least=0, search=(0.2,))
     neurons: float = parameter(1.0, "share of the neurons that steps compute", least=0, search=(0.6, 0.4))
+    faithful_code: bool = parameter(False, "as released: neurons shared with the fifth token from the end", search=())
 
     def check(self) -> None:
         super().check()
@@ -65,7 +70,11 @@ class CoreMatching(InsideMethod):
     def watched(self, request: Request, layer: int, part: str, given: torch.Tensor, made: torch.Tensor) -> None:
         real = rows_at(request).to(given.device) >= 0
         if layer == self.last(len(request.layers)) - 1:
-            request.memory[TABLE] = add_at(None, request, overlap(given.float(), real, self.token_share, self.core_share))
+            if self.faithful_code:
+                shared = overlap_with_one(given.float(), real)
+            else:
+                shared = overlap(given.float(), real, self.token_share, self.core_share)
+            request.memory[TABLE] = add_at(None, request, shared)
         if self.narrows_steps:
             chosen = (request.pictures < 0).all(-1).to(given.device)[:, None].repeat(1, given.shape[-1])
             for row in (~chosen[:, 0]).nonzero()[:, 0].tolist():  # the others, which have no picture, compute everything
@@ -84,6 +93,13 @@ def overlap(activations: torch.Tensor, real: torch.Tensor, token_share: float, c
         sentence = core_neurons(z, token_share, core_share)
         result[row, real[row]] = (z[:, sentence] > 0).sum(-1).float()
     return result
+
+
+def overlap_with_one(activations: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """How many neurons each token has on that the row's token ``REFERENCE`` from the end has on too, as ``overlap``."""
+    on = (activations > 0).float()
+    reference = on[:, max(-REFERENCE, -on.shape[1])]
+    return (on @ reference[:, :, None])[:, :, 0].masked_fill(~real, 0.0)
 
 
 def core_neurons(activations: torch.Tensor, token_share: float, share: float) -> torch.Tensor:

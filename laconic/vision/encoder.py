@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,8 +80,10 @@ class Trace:
             config._attn_implementation = implementation
         self._modules, self._configs = [], []
 
-    def record(self, want: Want, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """Takes one figure of one call of a block's attention."""
+    def record(
+        self, want: Want, query: torch.Tensor, key: torch.Tensor, scale: float, spread: Callable | None = None
+    ) -> None:
+        """Takes one figure of one call of a block's attention. ``spread`` puts figures of patches that are there among all."""
         first = int(self.has_class)
         if want.kind == "cls":
             logits = (query[:, :, :1].float() @ key.float().transpose(-1, -2))[:, :, 0] * scale
@@ -89,6 +92,8 @@ class Trace:
             result = full_attention_received(query, key, scale=scale)[:, first:]
         else:
             result = {"keys": key, "queries": query}[want.kind]
+        if spread is not None:
+            result = spread(result)
         self.found.setdefault(want, []).append(result.detach())
 
     def get(self, kind: str, layer: int) -> torch.Tensor:
@@ -128,12 +133,13 @@ def vision_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if "_laconic_thinning" in module.__dict__:
+    shortening = module.__dict__.get("_laconic_thinning")
+    if shortening is not None:
         with torch.no_grad():
-            attention_mask = module.__dict__["_laconic_thinning"].see(query, key, value, attention_mask, scale)
+            attention_mask = shortening.see(query, key, value, attention_mask, scale)
     if "_laconic_trace" in module.__dict__:
         trace, wants = module.__dict__["_laconic_trace"]
         with torch.no_grad():
             for want in wants:
-                trace.record(want, query, key, scale)
+                trace.record(want, query, key, scale, shortening and shortening.spread)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -21,7 +21,7 @@ from laconic.vision.first_layer import FirstLayer
 from laconic.vision.gaps import GAPS, Gaps
 from laconic.vision.parking import PARKED, Parked, by_axis, by_row
 from laconic.vision.picture import Picture
-from laconic.vision.thinning import Thinning
+from laconic.vision.thinning import Shortening
 
 LOOKS = {"get_image_features": look, "get_video_features": look_at_videos}  # what runs the encoder, and how to read it
 
@@ -139,15 +139,17 @@ class Entry:
             raise LaconicError(
                 f"The vision encoder works on one row of all patches, from which {name} cannot take any: use hiprune or divprune."
             )
-        if other is not None:
+        kinds = {want.kind for want in self._wants}
+        if other is not None and not (self._thinner.thins.even and kinds <= {"cls", "received", "salience"}):
             raise LaconicError(
                 f"{other} asks for attention to all patches, of which {name} takes some away: keep one of the two."
             )
 
-    def _thin(self, video: bool) -> Thinning:
+    def _thin(self, video: bool) -> Shortening:
         """Lets the method that thins the encoder do so."""
         last, budget = feature_block(self.eyes, self._depth), self._thinner.budget
-        return Thinning(self.eyes.tower, self._thinner, self._trace, cell_side(self.eyes, video), last, budget.tokens)
+        side = cell_side(self.eyes, video)
+        return self._thinner.thins(self.eyes.tower, self._thinner, self._trace, side, last, budget.tokens)
 
     def _remember(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._trace is not None and self._encoded is None:

@@ -27,7 +27,8 @@ class FlashVLM(VisionMethod):
     A token is like the words as the mean of its cosines with them, in which similar words weigh more; over the picture that is
     sharpened by a softmax and a power. The product of saliency and likeness, each to a share, ranks the first half of the budget.
     The background is thinned round by round: of every second token, in the order of the ranking, those most like one of the
-    others go. With ``text=0`` it is VisPruner (2024), which knows no question.
+    others go. With ``text=0`` it is VisPruner (2024), which knows no question. The words are those behind the picture; the
+    released code takes the whole prompt's, the system's sentences among them: ``faithful_code`` does so too.
     """
 
     id: ClassVar[str] = "flashvlm"
@@ -38,6 +39,8 @@ class FlashVLM(VisionMethod):
     word_temperature: float = parameter(0.05, "of the softmax over words", least=1e-4, search=())
     token_temperature: float = parameter(0.01, "of the softmax over tokens", least=1e-4, search=(0.03,))
     power: float = parameter(2.5, "likeness after the softmax is raised to this", least=0, search=())
+
+    faithful_code: bool = parameter(False, "as released: all words of the prompt, not only those behind the picture", search=())
 
     def check(self) -> None:
         super().check()
@@ -66,9 +69,10 @@ class FlashVLM(VisionMethod):
         return rest[:k]
 
     def likeness(self, picture: Picture) -> torch.Tensor:
-        """How much each token is like the words behind the picture, sharpened, 0..1: ``(n,)``."""
+        """How much each token is like the words, sharpened, 0..1: ``(n,)``."""
         unit = torch.nn.functional.normalize(picture.features.float(), dim=-1)
-        cosine = unit @ torch.nn.functional.normalize(picture.question.float(), dim=-1).t()
+        words = picture.text if self.faithful_code else picture.question
+        cosine = unit @ torch.nn.functional.normalize(words.float(), dim=-1).t()
         mean = ((cosine / self.word_temperature).softmax(-1) * cosine).sum(-1)
         gone = picture.layout.separators.to(mean.device)
         return scaled((mean.masked_fill(gone, float("-inf")) / self.token_temperature).softmax(0) ** self.power)

@@ -12,7 +12,7 @@ from laconic.method import parameter
 from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.picture import Picture
-from laconic.vision.thinning import LEFT, Flow
+from laconic.vision.thinning import LEFT, Flow, Thinning
 
 
 @register
@@ -24,15 +24,22 @@ class FlowCut(VisionMethod):
     token's, times the length of its value; the worth runs on from block to block. Every second block some leave: more of them the
     more the attention is gathered in a few patches. Of a picture that comes in several crops each crop keeps its share in the
     encoder, and the budget is then met by the same worth. The source's further drop inside the language model, for such
-    pictures, is left out: ``flowcut:50% + fastv:10%`` has one of that kind.
+    pictures, is left out: ``flowcut:50% + fastv:10%`` has one of that kind. The released code lets as many patches leave every
+    crop that the encoder sees together as leave the one that loses most: ``faithful_code`` does so too.
     """
 
     id: ClassVar[str] = "flowcut"
     paper: ClassVar[str] = "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models (2025)"
-    thins: ClassVar[bool] = True
+    thins: ClassVar[type | None] = Thinning
 
     keep_old: float = parameter(0.5, "share of the worth so far in the running worth", least=0, search=(0.3, 0.7))
     every: int = parameter(2, "patches leave every so many blocks", least=1, search=(1,))
+    faithful_code: bool = parameter(False, "as released: all crops of a batch lose as much as the one with most", search=())
+
+    @property
+    def together(self) -> bool:
+        """Whether all crops that the encoder sees at once lose as many patches."""
+        return self.faithful_code
 
     def check(self) -> None:
         super().check()

@@ -35,6 +35,6 @@ class Gaps:
         """As a reordered batch has them."""
         return Gaps(self.positions.index_select(0, index.to(self.positions.device)))
 
-    def cropped(self, count: int) -> Gaps:
-        """After the last ``count`` tokens are forgotten: all, until ``before`` is told where the text goes on."""
+    def cropped(self, left: int) -> Gaps:
+        """When only the first ``left`` tokens are left: all, until ``before`` is told where the text goes on."""
         return self

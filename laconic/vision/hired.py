@@ -12,7 +12,7 @@ from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
-from laconic.vision.regions import crop_members, share_out, top_of_regions, whole_cells_of_parts
+from laconic.vision.regions import crop_members, floors, share_out, top_of_regions, whole_cells_of_parts
 from laconic.vision.select import top
 
 
@@ -24,14 +24,15 @@ class HiRED(VisionMethod):
     Interest is the class token's attention in the first block: the cells of the whole picture that it attends to most are marked,
     and a part's share is the number of marks in its region. What stays of the whole and of each part is what the class token
     attends to in the block before the last. A picture without parts, or a video, keeps the best by that alone. Budgets are exact;
-    what one side cannot hold goes to the other.
+    what one side cannot hold goes to the other. The released code counts the marks in stretches of the whole picture's rows
+    instead of the parts' regions, and loses the tokens that rounding down leaves over: ``faithful_code`` does so too.
     """
 
     id: ClassVar[str] = "hired"
     paper: ClassVar[str] = "HiRED: Attention-Guided Token Dropping for High-Resolution Vision-Language Models (2024)"
 
     whole: float = parameter(0.5, "share of the budget that goes to the whole picture", least=0, search=(0.25, 0.75))
-    faithful_code: bool = parameter(False, "count marks in stretches of rows, as released, not in the parts' regions", search=())
+    faithful_code: bool = parameter(False, "as released: marks counted in stretches of rows, tokens lost to rounding", search=())
 
     def check(self) -> None:
         super().check()
@@ -45,6 +46,10 @@ class HiRED(VisionMethod):
         if not any(picture.layout.parts):
             return top(late, k, picture.cells)
         caps = torch.tensor([len(part) for part in members[1:]])
+        if self.faithful_code:
+            whole = min(int(k * self.whole), len(members[0]))
+            quotas = floors(self.marks(picture), min(k - whole, int(caps.sum()))).minimum(caps)
+            return top_of_regions(late, members, torch.cat([torch.tensor([whole]), quotas]))
         whole = max(min(int(k * self.whole), len(members[0])), k - int(caps.sum()))
         quotas = share_out(self.marks(picture), k - whole, caps)
         return top_of_regions(late, members, torch.cat([torch.tensor([whole]), quotas]))

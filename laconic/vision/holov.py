@@ -1,4 +1,4 @@
-"""HoloV: every stretch of a picture keeps something."""
+"""HoloV: every piece of a picture keeps something."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from laconic.registry import register
 from laconic.vision.base import VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
-from laconic.vision.regions import by_worth, pieces_of, share_out, stretches, top_of_regions
+from laconic.vision.regions import by_worth, floors, pieces_of, share_out, stretches, tiles, top_of_regions
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class HoloV(VisionMethod):
-    """Cuts a picture into stretches of its tokens, gives each a share of the budget, and keeps the best of each.
+    """Cuts a picture into rectangles, gives each a share of the budget, and keeps the best of each.
 
-    A stretch is worth the mean of its tokens' scores: attention of the encoder plus ``variety`` times the variance of a token's
-    cosines within its stretch, scaled to the attention. Because of that scaling, the variance changes no stretch's share; with
-    ``rank_by=attention``, as released, it has no say within one either. The number of stretches follows from the budget, so that
-    one holds about half as many tokens as are kept.
+    A rectangle is worth the mean of its tokens' scores: attention of the encoder plus ``variety`` times the variance of a token's
+    cosines within its rectangle, scaled to the attention. Because of that scaling, the variance changes no rectangle's share,
+    only what stays within one. The number of rectangles follows from the budget, so that one holds about half as many tokens as
+    are kept. The released code cuts the row of all tokens into stretches, whatever rows of the picture they lie in, keeps of each
+    what has most attention, whatever the score, and loses what a stretch is given beyond its tokens: ``faithful_code`` does so
+    too.
     """
 
     id: ClassVar[str] = "holov"
     paper: ClassVar[str] = "Don't Just Chase Highlighted Tokens in MLLMs: Revisiting Visual Holistic Context Retention (2025)"
 
     variety: float = parameter(0.09, "weight of the variance of cosines", least=0)
-    rank_by: str = parameter("score", "what decides within a stretch: score, or attention, as released", search=("attention",))
-    pieces: int = parameter(0, "stretches; 0: 16/9 of the tokens over the budget", least=0, search=())
-
-    def check(self) -> None:
-        super().check()
-        self.require(self.rank_by in ("score", "attention"), "rank_by is score or attention.")
+    pieces: int = parameter(0, "about so many rectangles; 0: 16/9 of the tokens over the budget", least=0, search=())
+    faithful_code: bool = parameter(False, "as released: stretches of the row of tokens, best by attention alone", search=())
 
     def wants(self, depth: int) -> set[Want]:
         return {Want("salience", -2)}
@@ -43,17 +41,22 @@ class HoloV(VisionMethod):
     def choose(self, picture: Picture, k: int) -> torch.Tensor:
         cells = picture.cells
         attention = picture.salience(-2)
-        members = stretches(cells, self.pieces or pieces_of(len(cells), k))
+        pieces = self.pieces or pieces_of(len(cells), k)
+        members = stretches(cells, pieces) if self.faithful_code else tiles(picture.layout, pieces)
         score = attention.clone()
         for part in members:
             score[part] += self.variety * variety_of(picture.features[part], attention[part])
         caps = torch.tensor([len(part) for part in members], device=score.device)
-        quotas = share_out(by_worth(members, score, total=False), k, caps)
-        return top_of_regions(score if self.rank_by == "score" else attention, members, quotas)
+        weights = by_worth(members, score, total=False)
+        if not self.faithful_code:
+            return top_of_regions(score, members, share_out(weights, k, caps))
+        quotas = floors(weights, k)
+        quotas[weights.argsort(descending=True, stable=True)[: k - int(quotas.sum())]] += 1
+        return top_of_regions(attention, members, quotas.minimum(caps))
 
 
 def variety_of(features: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-    """Variance of each token's cosines with the others of its stretch, ``(c,)``, scaled to the mean of their attention."""
+    """Variance of each token's cosines with the others of its piece, ``(c,)``, scaled to the mean of their attention."""
     count = len(features)
     if count < 2:
         return attention.abs()

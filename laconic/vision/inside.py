@@ -34,6 +34,7 @@ class InsideMethod(AttentionMethod):
     verbs: ClassVar[tuple[str, ...]] = ("drop",)
     claims: ClassVar[tuple[Claim, ...]] = PICTURE_CLAIMS
     shortens: ClassVar[bool] = True
+    adds: ClassVar[bool] = False  # whether the mean of those that join a token is added to it (see ``Request.adds``)
 
     def check(self) -> None:
         self.require(self.budget.shape == "uniform", "it says itself what each layer keeps: leave out 'pyramid:'.")
@@ -69,7 +70,7 @@ class InsideMethod(AttentionMethod):
                 merge = self.reduce(layer, picture, worth[picture.row, picture.slots], left[layer.index])
                 stays[picture.row, picture.slots] = False
                 stays[picture.row, picture.slots[merge.kept]] = True
-                take_in(layer, picture, merge)
+                take_in(layer, picture, merge, adds=self.adds)
         if stays is not None:
             self.go_on(layer, stays)
 
@@ -143,13 +144,16 @@ def only(kept: torch.Tensor, count: int) -> torch.Tensor:
     return torch.full((count,), -1, device=kept.device).index_copy(0, kept, kept)
 
 
-def take_in(layer: KVLayer, picture: Entries, merge: Merge) -> None:
-    """Lets entries of a picture that go on take in others of it (see ``Request.into``)."""
+def take_in(layer: KVLayer, picture: Entries, merge: Merge, *, adds: bool = False) -> None:
+    """Lets entries of a picture that go on take in others of it (see ``Request.into`` and ``Request.adds``)."""
     request, at = layer.request, layer.shared_positions[picture.row, 0, picture.slots]
     joins = (merge.into >= 0) & (merge.into != torch.arange(len(at), device=at.device))
     if bool(joins.any()):
         request.into = torch.full_like(request.pictures, -1) if request.into is None else request.into
         request.into[picture.row, at[joins]] = at[merge.into[joins]]
+        if adds:
+            request.adds = torch.zeros_like(request.into, dtype=torch.bool) if request.adds is None else request.adds
+            request.adds[picture.row, at[joins]] = True
 
 
 def mean_keys(layer: KVLayer, picture: Entries) -> torch.Tensor:

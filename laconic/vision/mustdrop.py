@@ -25,8 +25,8 @@ class MustDrop(StagedMethod):
     Key tokens are what the vision encoder's last block attends to most. Two thresholds decide in the source, on a token's share
     of the words' attention to the picture and on the most that one word gives it; both are scaled alike until the budget is met,
     which is to rank by the larger of the two ratios. The budget is the mean over the layers. After the last drop, the layers
-    since the first one forget what is gone by then, for the steps to come. The source also merges like neighbours inside the
-    encoder's first block, which is left out.
+    since the first one forget what is gone by then, for the steps to come. The source's first stage, which merges like neighbours
+    in the vision encoder, is ``window_merge``: ``window_merge:50% + mustdrop:20%``.
     """
 
     id: ClassVar[str] = "mustdrop"

@@ -25,6 +25,7 @@ class Neurons:
         chosen: boolean ``(batch, k)``: the neurons of each row of the batch; the others give 0 there.
         gate, up, down: weight and bias (or None) of ``(k, dim)``, ``(k, dim)`` and ``(dim, k)``.
         activation: what the gate passes.
+        prompt: tokens that there were when they were chosen.
     """
 
     chosen: torch.Tensor
@@ -32,14 +33,15 @@ class Neurons:
     up: tuple[torch.Tensor, torch.Tensor | None]
     down: tuple[torch.Tensor, torch.Tensor | None]
     activation: Callable[[torch.Tensor], torch.Tensor]
+    prompt: int = 0
 
     @classmethod
-    def of(cls, part: torch.nn.Module, chosen: torch.Tensor) -> Neurons:
-        """Those of a feed-forward ``part`` that any row of ``chosen`` (batch, neurons) has."""
+    def of(cls, part: torch.nn.Module, chosen: torch.Tensor, prompt: int = 0) -> Neurons:
+        """Those of a feed-forward ``part`` that any row of ``chosen`` (batch, neurons) has, for a prompt of so many tokens."""
         union = chosen.any(0).nonzero()[:, 0]
         gate, up = ((p.weight.detach()[union], _some(p.bias, union)) for p in (part.gate_proj, part.up_proj))
         down = part.down_proj.weight.detach()[:, union], _some(part.down_proj.bias, slice(None))
-        return cls(chosen[:, union], gate, up, down, part.act_fn)
+        return cls(chosen[:, union], gate, up, down, part.act_fn, prompt)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """What the part makes of ``x`` (batch, 1, dim) where all other activations are 0."""
@@ -50,11 +52,15 @@ class Neurons:
         """As a reordered batch has it."""
         return replace(self, chosen=self.chosen.index_select(0, index.to(self.chosen.device)))
 
+    def cropped(self, left: int) -> Neurons | None:
+        """When only the first ``left`` tokens are left: the same, but none where the prompt is not whole any more."""
+        return self if left >= self.prompt else None
+
 
 class StepNeurons:
     """Stands in for the feed-forward parts of a model: a prompt computes all neurons, a step those that a method has chosen.
 
-    What is chosen belongs to the cache: it follows its beams, and is forgotten with what is cropped.
+    What is chosen belongs to the cache: it follows its beams, outlives a crop of the answer, and is forgotten with the prompt.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -71,12 +77,13 @@ class StepNeurons:
             request = self._request
             if request is None or request.positions is None:
                 return original(x)
-            memory = request.layers[number].memory
+            layer = request.layers[number]
+            memory = layer.memory
             if request.positions.shape[1] == 1 and GATHERED in memory:
                 return memory[GATHERED](x)
             made = original(x)
             if CHOSEN in memory:
-                memory[GATHERED] = Neurons.of(part, memory.pop(CHOSEN))
+                memory[GATHERED] = Neurons.of(part, memory.pop(CHOSEN), layer.seen)
             return made
 
         return forward

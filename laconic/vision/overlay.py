@@ -152,7 +152,8 @@ def _cells(shown: Shown) -> list[dict[str, str]]:
         row, column, depth = int(layout.row[token]), int(layout.column[token]), float(shown.depth[token])
         fate = "kept" if depth == 1 else "dropped" if depth == 0 else f"in {depth:.0%} of the layers"
         if shown.into is not None and int(shown.into[token]) not in (-1, token):
-            fate = f"merged into token {int(shown.into[token])}"
+            late = f"{fate}, then " if 0 < depth < 1 else ""
+            fate = f"{late}merged into token {int(shown.into[token])}"
         score = "" if shown.scores is None else f", score {float(shown.scores[token]):.4g}"
         at = f"left:{column * scale}px;top:{row * scale}px;width:{scale}px;height:{scale}px"
         squares.append({"at": at, "title": f"token {token}, row {row}, column {column}: {fate}{score}"})

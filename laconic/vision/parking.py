@@ -38,6 +38,13 @@ class Parked:
         ids, positions, places = (t.index_select(0, index.to(t.device)) for t in (self.ids, self.positions, self.places))
         return replace(self, ids=ids, positions=positions, places=places)
 
+    def cropped(self, left: int) -> Parked | None:
+        """When only the first ``left`` tokens of the conversation are left; None where a picture is not whole any more."""
+        tokens = torch.tensor([seen.token for seen in self.seen], device=self.ids.device)
+        if bool(torch.isin(self.ids[:, left:], tokens).any()):
+            return None
+        return replace(self, ids=self.ids[:, :left], positions=self.positions[:, :left], places=self.places[:, :left])
+
     def and_then(self, ids: torch.Tensor, positions: torch.Tensor, places: torch.Tensor) -> Parked:
         """With the tokens of one more forward; words may come with one position for all axes."""
         places = places.expand(-1, -1, self.places.shape[-1])

@@ -27,7 +27,9 @@ class RecoverableCompression(VisionMethod):
     from their neighbours in value; their numbers, and that of centres among the rest, share the budget. Every centre takes in the
     ``near`` rest tokens that are most like it in keys and question, each times its attention; one more token is the sum of what
     is left. The source asks CLIP's text encoder how like a token is to the question; here the words' own embeddings say it, since
-    language models do not bring that encoder along.
+    language models do not bring that encoder along. The released code differs in three things, in which ``faithful_code`` follows
+    it: what is salient counts in the outliers of likeness too, with the least of all; the number of centres is a share of the
+    main tokens, not of the rest; and the rest's keys are looked up by places in the rest, which are other tokens' keys.
     """
 
     id: ClassVar[str] = "recoverable_compression"
@@ -37,6 +39,7 @@ class RecoverableCompression(VisionMethod):
     near: int = parameter(32, "rest tokens that a centre takes in", least=0, search=(8,))
     text: float = parameter(1.8, "weight of the likeness to the question beside the cosine of keys", least=0, search=())
     neighbours: int = parameter(20, "neighbours in value of the outlier factor; half as many among the rest", least=2, search=())
+    faithful_code: bool = parameter(False, "as released: other counts of outliers, and keys of other tokens", search=())
 
     def wants(self, depth: int) -> set[Want]:
         return {Want("salience", -1), Want("keys", -1)}
@@ -65,10 +68,13 @@ class RecoverableCompression(VisionMethod):
     def counts(self, salience: torch.Tensor, asked: torch.Tensor, k: int) -> torch.Tensor:
         """How many salient tokens, recovered ones and centres: with the last token, if any, exactly ``k``."""
         seen = max(1, round(len(salience) * outliers(salience, self.neighbours)))
-        others = asked[salience.argsort(descending=True, stable=True)[seen:]]
-        wanted = round(len(others) * outliers(others, self.neighbours))
+        order = salience.argsort(descending=True, stable=True)
+        others = asked[order[seen:]]
+        judged = asked.index_fill(0, order[:seen], float(asked.min())) if self.faithful_code else others
+        wanted = round(len(others) * outliers(judged, self.neighbours))
         left = max(0, len(salience) - seen - wanted)
-        centres = round(left * outliers(salience.sort(descending=True).values[seen:], self.neighbours // 2))
+        of = seen + wanted if self.faithful_code else left
+        centres = round(of * outliers(salience.sort(descending=True).values[seen:], self.neighbours // 2))
         weights = torch.tensor([seen, wanted, centres], dtype=torch.float64)
         return largest_remainder(weights, torch.tensor(max(1, k - 1)), torch.full((3,), len(salience)))
 
@@ -78,6 +84,8 @@ class RecoverableCompression(VisionMethod):
     ) -> None:  # fmt: skip
         """Puts what becomes of ``rest`` into ``features`` and ``into``: centres ``middle``, and with ``room`` one more token."""
         keys = torch.nn.functional.normalize(picture.keys(-1), dim=-1)
+        if self.faithful_code:
+            keys = keys.index_copy(0, rest, keys[picture.cells[: len(rest)]])
         whole = picture.features.float()
         for centre in middle.tolist():
             others = rest[rest != centre]

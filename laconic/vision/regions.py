@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,13 +27,34 @@ def crop_members(layout: Layout) -> list[torch.Tensor]:
     return [(layout.crop == crop).nonzero()[:, 0] for crop in range(len(layout.shapes))]
 
 
+def floors(weights: torch.Tensor, k: int) -> torch.Tensor:
+    """As ``share_out``, rounded down without caps, so that tokens are left over: as released codes do. Equal without weights."""
+    weights = weights.double() if float(weights.sum()) > 0 else torch.ones_like(weights, dtype=torch.float64)
+    return (k * weights / weights.sum() + 1e-9).long()
+
+
 def stretches(among: torch.Tensor, count: int) -> list[torch.Tensor]:
     """``among`` (c,) cut into ``count`` pieces, the first ones a token longer where it does not divide."""
     return list(torch.tensor_split(among, max(1, min(count, len(among)))))
 
 
+def tiles(layout: Layout, count: int) -> list[torch.Tensor]:
+    """The crops cut into rectangles of nearly equal sides, about ``count`` of them together, int64 ascending each.
+
+    Every crop is at least one; what shows no token is left out.
+    """
+    side = math.sqrt(sum(h * w for h, w in layout.shapes) / max(1, count))
+    found = []
+    for crop, (height, width) in enumerate(layout.shapes):
+        here = (layout.crop == crop).nonzero()[:, 0]
+        down, across = (max(1, min(size, round(size / side))) for size in (height, width))
+        tile = layout.row[here] * down // height * across + layout.column[here] * across // width
+        found += [here[tile == number] for number in tile.unique()]
+    return found
+
+
 def pieces_of(cells: int, k: int) -> int:
-    """How many stretches HoloV (2025) cuts ``cells`` tokens into: one holds about half as many tokens as are kept."""
+    """How many pieces HoloV (2025) cuts ``cells`` tokens into: one holds about half as many tokens as are kept."""
     return max(1, 16 * cells // (9 * k))
 
 
@@ -54,8 +76,14 @@ def salient_crops(picture: Picture, worth: torch.Tensor, k: int) -> tuple[list[t
     return members, by_worth(members, worth, total=True)
 
 
+def salient_tiles(picture: Picture, worth: torch.Tensor, k: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Rectangles of tokens, each weighing what its tokens are worth in the mean (HoloV, 2025)."""
+    members = tiles(picture.layout, pieces_of(len(picture.cells), k))
+    return members, by_worth(members, worth, total=False)
+
+
 def salient_stretches(picture: Picture, worth: torch.Tensor, k: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Stretches of tokens, each weighing what its tokens are worth in the mean (HoloV, 2025)."""
+    """Stretches of tokens, each weighing what its tokens are worth in the mean (HoloV's released code, 2025)."""
     members = stretches(picture.cells, pieces_of(len(picture.cells), k))
     return members, by_worth(members, worth, total=False)
 
@@ -64,6 +92,7 @@ REGIONS: dict[str, Callable[[Picture, torch.Tensor, int], tuple[list[torch.Tenso
     "whole": lambda picture, worth, k: ([picture.cells], torch.ones(1, device=worth.device)),
     "crops": by_size,
     "salient_crops": salient_crops,
+    "salient_tiles": salient_tiles,
     "salient_stretches": salient_stretches,
 }
 
@@ -97,6 +126,15 @@ def whole_cells_of_parts(layout: Layout) -> torch.Tensor:
     row = torch.bucketize((torch.arange(height) + 0.5) / height, _ends(down, part // columns, rows)).clamp(max=rows - 1)
     column = torch.bucketize((torch.arange(width) + 0.5) / width, _ends(across, part % columns, columns)).clamp(max=columns - 1)
     return (1 + row[:, None] * columns + column[None]).flatten()
+
+
+def even_cells_of_parts(layout: Layout) -> torch.Tensor:
+    """As ``whole_cells_of_parts``, as if no part had padding: the parts divide the whole evenly, the last ones take the rest."""
+    number = [
+        (torch.arange(size) // max(1, size // parts)).clamp(max=parts - 1)
+        for size, parts in zip(layout.shapes[0], layout.parts, strict=True)
+    ]
+    return (1 + number[0][:, None] * layout.parts[1] + number[1][None]).flatten()
 
 
 def _ends(share: torch.Tensor, number: torch.Tensor, count: int) -> torch.Tensor:

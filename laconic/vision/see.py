@@ -155,12 +155,28 @@ def shown(handle: Any, ids: torch.Tensor) -> list[Shown]:
     entry = handle.entry
     if entry is None or not entry.seen:
         return []
-    layers = handle.latest.layers
+    layers, merged = handle.latest.layers, handle.latest.request.merged
     found, places = [], spans(ids, entry.seen)
     for (_, _, _, slots), picture, reduction in zip(places, entry.pictures, entry.reductions, strict=True):
-        held = torch.stack([torch.isin(slots, layer.positions[0, 0]) for layer in layers]).float().mean(0)
-        found.append(Shown(picture.layout, held.cpu(), reduction.into, reduction.scores))
+        held = torch.stack([torch.isin(slots, layer.positions[0, 0]) for layer in layers])
+        into = reduction.into if merged is None else taken_in(slots, held[-1], reduction.into, merged[0])
+        found.append(Shown(picture.layout, held.float().mean(0).cpu(), into, reduction.scores))
     return found
+
+
+def taken_in(slots: torch.Tensor, stays: torch.Tensor, before: torch.Tensor | None, merged: torch.Tensor) -> torch.Tensor:
+    """``Shown.into`` of the picture whose tokens stand at ``slots`` (n,), of which the last layer has those that ``stays`` says.
+
+    Args:
+        before: int64 ``(n,)``, what took each in before the first layer, as in ``Reduction``, or None.
+        merged: int64 ``(positions,)``, what took each in between layers, as in ``Request``.
+    """
+    own = torch.arange(len(slots), device=slots.device)
+    into = own.masked_fill(~stays, -1)
+    if before is not None:
+        into = torch.where((before >= 0) & (before != own), before, into)
+    taker = merged.to(slots.device)[slots]
+    return torch.where(taker >= 0, torch.searchsorted(slots, taker.clamp(min=int(slots[0]), max=int(slots[-1]))), into)
 
 
 def as_seen(picture: Image, inputs: dict[str, torch.Tensor], reader: Any, number: int) -> Image:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from laconic.layers import take_rows
+from laconic.primitives.merge import Merge
 from laconic.vision.encoder import Trace, Want, find_blocks
 
 LEFT = Want("flow", -1)  # what a thinned encoder says of its patches: their running worth, those that left behind all others
+INTO = Want("into", -1)  # what a merging one says of its cells, int64 (pictures, cells): the one that took each in, or itself
 
 
 @dataclass(frozen=True)
@@ -38,26 +40,28 @@ class Thinner(Protocol):
     def running(self, before: torch.Tensor, worth: torch.Tensor) -> torch.Tensor:
         """Running worth of some patches after a further block."""
 
+    together: bool  # whether all pictures that the encoder sees at once lose as many as the one that loses most
+
     def leaving(self, left: int, target: int, blocks: int, attention: torch.Tensor) -> int:
         """How many of ``left`` cells leave a picture of which ``target`` are to stay, ``blocks`` before the last drop."""
 
 
-class Thinning:
+class Shortening:
     """Hooks on the encoder's blocks while it runs. What left keeps the state that it had, so the encoder's output has all rows.
 
     ``side``: patches along one side of a token's cell; cells leave whole. ``last``: the block whose output are the features: it
-    runs on what stays in the end. ``target(cells)``: how many of a picture's cells stay.
+    runs on what stays in the end. ``target(cells)``: how many of a picture's cells stay. A subclass writes ``change``.
     """
 
+    even: ClassVar[bool] = False  # whether all pictures always have equally many, so that scores can be taken of what is there
+
     def __init__(
-        self, tower: torch.nn.Module, method: Thinner, trace: Trace, side: int, last: int, target: Callable[[int], int]
+        self, tower: torch.nn.Module, method: Any, trace: Trace, side: int, last: int, target: Callable[[int], int]
     ) -> None:
         self.method, self.trace, self.side, self.last, self.target = method, trace, side, last, target
         self.alive: torch.Tensor | None = None  # boolean (pictures, patches)
-        self.worth: torch.Tensor | None = None  # float (pictures, patches), of the patches or of their whole cells
         self._full: torch.Tensor | None = None
         self._order: torch.Tensor | None = None
-        self._flow: Flow | None = None
         self._number = 0  # of the running block
         self._hooks: list[Any] = []
         self._modules: list[torch.nn.Module] = []
@@ -69,38 +73,27 @@ class Thinning:
                 self._modules.append(module)
 
     def stop(self) -> None:
-        """Takes the hooks out of the encoder and leaves in the trace what the patches were worth."""
+        """Takes the hooks out of the encoder."""
         for hook in self._hooks:
             hook.remove()
         for module in self._modules:
             module.__dict__.pop("_laconic_thinning", None)
-        if self.worth is not None:
-            self.trace.found[LEFT] = [self.worth.masked_fill(~self.alive, 0.0) + self.worth.amax() * self.alive]
+
+    def change(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
+        """What the block ``number`` hands on of ``hidden`` (pictures, n, dim), the states of all tokens, those that left among
+        them; says by ``alive`` which patches go on. Not called after the last block."""
+        raise NotImplementedError
 
     def see(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor | None:
-        """Takes what a block's attention says of the patches, from its queries, keys and values ``(pictures, heads, n, d)``.
-
-        Gives the ``mask`` of that attention without what only fills up short rows.
-        """
+        """Looks at a block's queries, keys and values ``(pictures, heads, n, d)``, and gives the ``mask`` of its attention
+        without what only fills up short rows."""
         there = self._there(query)
-        if self._number < self.last:  # nothing leaves later
-            self._flow = self._measure(query, key, value, scale, there)
         if bool(there.all()):
             return mask
         there = there[:, None, None]
         return there if mask is None else mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, float("-inf"))
-
-    def _measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, there: torch.Tensor) -> Flow:
-        first = int(self.trace.has_class)
-        count = there.sum(-1)[:, None, None, None]
-        rows = [t.float() if first else t.float().masked_fill(~there[:, None, :, None], 0.0) for t in (query, value)]
-        asks, means = (t[:, :, :1] if first else t.sum(2, keepdim=True) / count for t in rows)
-        seen = [(asks @ key.float().mT) * scale, means @ value.float().mT]
-        shares = [s[:, :, 0].masked_fill(~there[:, None], float("-inf")).softmax(-1).mean(1)[:, first:] for s in seen]
-        strength = value.float().mean(1).abs().sum(-1)[:, first:].masked_fill(~there[:, first:], 0.0)
-        return Flow(*shares, strength)
 
     def _there(self, query: torch.Tensor) -> torch.Tensor:
         """Which rows of the block's input are tokens, not padding: boolean ``(pictures, n)``."""
@@ -135,25 +128,10 @@ class Thinning:
             whole[row, self._order[row, at]] = hidden[row, at]
             hidden = whole
         if self._number < self.last:
-            self._update(self.last - 1 - self._number)
+            hidden = self.change(hidden, self._number)
+            if not bool(self.alive.all()):
+                self._order = self._rows()
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    def _update(self, blocks: int) -> None:
-        """Takes a block's worth into account and lets patches leave."""
-        worth = self._on_grid(self._cells(self._spread(self.method.patch_worth(self._flow))))
-        self.worth = worth if self.worth is None else torch.where(self.alive, self.method.running(self.worth, worth), self.worth)
-        attention = self._cells(self._spread(self._flow.attention))
-        alive, score = self._cells(self.alive.float()) > 0, self._cells(self.worth)
-        target = self.target(alive.shape[1])
-        for picture in range(len(alive)):
-            here = alive[picture].nonzero()[:, 0]
-            gone = min(self.method.leaving(len(here), target, blocks, attention[picture, here]), len(here) - target)
-            if gone > 0:
-                order = score[picture, here].argsort(descending=True, stable=True)
-                alive[picture, here[order[len(here) - gone :]]] = False
-        self.alive = self._on_grid(alive)
-        if not bool(self.alive.all()):
-            self._order = self._rows()
 
     def _rows(self) -> torch.Tensor:
         """Rows of the tokens that are still there, padded with -1 behind: int64 ``(pictures, n)``."""
@@ -162,7 +140,7 @@ class Thinning:
         order = (~tokens).to(torch.int8).argsort(dim=-1, stable=True)[:, : int(tokens.sum(-1).max())]
         return order.masked_fill(~tokens.gather(1, order), -1)
 
-    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the patches that a block saw as values of all patches, 0 for those that left."""
         if self._order is None:
             return values
@@ -187,3 +165,121 @@ class Thinning:
         side = round(cells.shape[1] ** 0.5)
         grid = cells.view(len(cells), side, 1, side, 1).expand(-1, -1, self.side, -1, self.side)
         return grid.reshape(len(cells), -1)
+
+
+class Thinning(Shortening):
+    """Patches leave step by step, by what a method makes of the flow through every block."""
+
+    method: Thinner
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.worth: torch.Tensor | None = None  # float (pictures, patches), of the patches or of their whole cells
+        self._flow: Flow | None = None
+
+    def stop(self) -> None:
+        """Leaves in the trace what the patches were worth, too."""
+        super().stop()
+        if self.worth is not None:
+            self.trace.found[LEFT] = [self.worth.masked_fill(~self.alive, 0.0) + self.worth.amax() * self.alive]
+
+    def see(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor | None:
+        if self._number < self.last:  # nothing leaves later
+            self._flow = self._measure(query, key, value, scale, self._there(query))
+        return super().see(query, key, value, mask, scale)
+
+    def _measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, there: torch.Tensor) -> Flow:
+        first = int(self.trace.has_class)
+        count = there.sum(-1)[:, None, None, None]
+        rows = [t.float() if first else t.float().masked_fill(~there[:, None, :, None], 0.0) for t in (query, value)]
+        asks, means = (t[:, :, :1] if first else t.sum(2, keepdim=True) / count for t in rows)
+        seen = [(asks @ key.float().mT) * scale, means @ value.float().mT]
+        shares = [s[:, :, 0].masked_fill(~there[:, None], float("-inf")).softmax(-1).mean(1)[:, first:] for s in seen]
+        strength = value.float().mean(1).abs().sum(-1)[:, first:].masked_fill(~there[:, first:], 0.0)
+        return Flow(*shares, strength)
+
+    def change(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
+        worth = self._on_grid(self._cells(self.spread(self.method.patch_worth(self._flow))))
+        self.worth = worth if self.worth is None else torch.where(self.alive, self.method.running(self.worth, worth), self.worth)
+        attention = self._cells(self.spread(self._flow.attention))
+        alive, score = self._cells(self.alive.float()) > 0, self._cells(self.worth)
+        target, blocks = self.target(alive.shape[1]), self.last - 1 - number
+        there = [row.nonzero()[:, 0] for row in alive]
+        gone = [self.method.leaving(len(here), target, blocks, seen[here]) for here, seen in zip(there, attention, strict=True)]
+        gone = [max(gone)] * len(gone) if self.method.together else gone
+        for picture, here in enumerate(there):
+            count = min(gone[picture], len(here) - target)
+            if count > 0:
+                order = score[picture, here].argsort(descending=True, stable=True)
+                alive[picture, here[order[len(here) - count :]]] = False
+        self.alive = self._on_grid(alive)
+        return hidden
+
+
+class Merging(Shortening):
+    """Windows of cells whose states are alike become one cell each, after the first block, until the target is met.
+
+    A window is as alike as the mean cosine of its cells with each other. It becomes the mean of its cells, in the place of the
+    one in the middle; patches of a cell keep apart. The last window may merge in part, so that the count is exact. Where all
+    windows together leave too many, larger ones are taken.
+    """
+
+    even = True
+
+    def change(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
+        if number > 0:
+            return hidden
+        first = int(self.trace.has_class)
+        cells = self._states(hidden[:, first:])  # (pictures, cells, side * side, dim)
+        target, side = self.target(cells.shape[1]), self.method.window
+        into = merge_windows(cells.mean(2), target, side)
+        while int((into[0] == torch.arange(into.shape[1], device=into.device)).sum()) > target:
+            side *= 2
+            into = merge_windows(cells.mean(2), target, side)
+        self.trace.found[INTO] = [into]
+        own = torch.arange(into.shape[1], device=into.device)
+        merge = Merge((into + torch.arange(len(into), device=into.device)[:, None] * into.shape[1]).flatten())
+        flat = cells.flatten(0, 1).flatten(1)
+        merged = flat.index_copy(0, merge.kept, merge.mean(flat).to(flat.dtype)).view_as(cells)
+        self.alive = self._on_grid(into == own)
+        return torch.cat([hidden[:, :first], self._patches(merged)], dim=1)
+
+    def _states(self, patches: torch.Tensor) -> torch.Tensor:
+        """States ``(pictures, patches, dim)`` as those of the cells, ``(pictures, cells, side * side, dim)``."""
+        side = round(patches.shape[1] ** 0.5) // self.side
+        blocks = patches.unflatten(1, (side, self.side, side, self.side)).transpose(2, 3)
+        return blocks.flatten(3, 4).flatten(1, 2)
+
+    def _patches(self, cells: torch.Tensor) -> torch.Tensor:
+        """What ``_states`` was given."""
+        side = round(cells.shape[1] ** 0.5)
+        return cells.unflatten(1, (side, side)).unflatten(3, (self.side, self.side)).transpose(2, 3).flatten(1, 4)
+
+
+def merge_windows(states: torch.Tensor, target: int, side: int) -> torch.Tensor:
+    """Which cell takes in each of a square grid's, int64 ``(pictures, cells)``: the most alike windows of ``side`` x ``side``
+    merge until ``target`` cells are left, or all have merged.
+
+    Args:
+        states: ``(pictures, cells, dim)``. Windows at the lower and right edge may be smaller.
+    """
+    pictures, count, _ = states.shape
+    grid = round(count**0.5)
+    row, column = (torch.arange(count, device=states.device).div(d, rounding_mode="floor") % grid for d in (grid, 1))
+    across = -(-grid // side)
+    window = row // side * across + column // side
+    order = window.argsort(stable=True)  # cells window by window
+    sizes = torch.bincount(window, minlength=across**2)
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(order).index_copy(0, order, torch.arange(count, device=order.device) - starts[window[order]])
+    unit = torch.nn.functional.normalize(states.float(), dim=-1)
+    sums = torch.zeros(pictures, across**2, states.shape[-1], device=states.device).index_add_(1, window, unit)
+    alike = (sums.square().sum(-1) - sizes) / (sizes * (sizes - 1)).clamp(min=1)
+    best = alike.masked_fill(sizes == 1, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    saved = (sizes - 1)[best]
+    needed = count - target - (saved.cumsum(-1) - saved)
+    taken = torch.empty_like(best).scatter(1, best, needed.clamp(min=0).minimum(saved) + 1)  # cells of each window that merge
+    taker = order[(starts + taken // 2)]
+    return torch.where(rank < taken[:, window], taker[:, window], torch.arange(count, device=order.device))

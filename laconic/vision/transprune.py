@@ -22,11 +22,12 @@ TABLE = "transprune.transitions"
 class TransPrune(StagedMethod):
     """Keeps the picture tokens that attention and feed-forward parts change most, and that the words behind the picture look at.
 
-    A part's change of a token is how much longer it makes it, times the softmax over all tokens of how far it turns it (one minus
-    the cosine of what goes in and what comes out). Changes add up over the layers from the first that counts on; they and the
-    mean attention of the words, each to sum 1 over the picture, count alike. The budget is the mean over the layers, in stages
-    that each keep the same share. The attention is that of the layer that has just run, so that a drop comes one layer later than
-    in the source, which computes it twice.
+    A part's change of a token is how much longer it makes it, times the softmax over all tokens of how far it turns it away from
+    its line (one minus the size of the cosine of what goes in and what comes out). The released code takes one minus the cosine,
+    so that what turns to the opposite counts most: ``faithful_code`` does so too. Changes add up over the layers from the first
+    that counts on; they and the mean attention of the words, each to sum 1 over the picture, count alike. The budget is the mean
+    over the layers, in stages that each keep the same share. The attention is that of the layer that has just run, so that a drop
+    comes one layer later than in the source, which computes it twice.
     """
 
     id: ClassVar[str] = "transprune"
@@ -35,6 +36,7 @@ class TransPrune(StagedMethod):
 
     since: float = parameter(0.2, "depth from which changes add up, as a share of the layers", least=0, search=())
     words: float = parameter(0.5, "share of the words' attention in the sum", least=0, search=(0.0, 1.0))
+    faithful_code: bool = parameter(False, "as released: a turn to the opposite is the largest", search=())
 
     def check(self) -> None:
         super().check()
@@ -49,7 +51,7 @@ class TransPrune(StagedMethod):
         first = self.begins(request)
         if layer >= first:
             known = None if (layer, part) == (first, "attention") else request.memory[TABLE]
-            change = transition(given.float(), made.float(), rows_at(request))
+            change = transition(given.float(), made.float(), rows_at(request), opposite=self.faithful_code)
             request.memory[TABLE] = add_at(known, request, change)
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
@@ -64,11 +66,12 @@ class TransPrune(StagedMethod):
         return worth
 
 
-def transition(given: torch.Tensor, made: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """How much a part changes each token, ``(batch, rows)``: ratio of lengths times softmax of one minus the cosine.
+def transition(given: torch.Tensor, made: torch.Tensor, at: torch.Tensor, *, opposite: bool = False) -> torch.Tensor:
+    """How much a part changes each token, ``(batch, rows)``: ratio of lengths times softmax of one minus the size of the cosine.
 
-    ``at``: positions of the rows, -1 for padding, which takes no part.
+    ``at``: positions of the rows, -1 for padding, which takes no part. ``opposite``: the cosine with its sign.
     """
     ratio = made.norm(dim=-1) / given.norm(dim=-1).clamp(min=1e-12)
-    turn = 1 - torch.nn.functional.cosine_similarity(given, made, dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(given, made, dim=-1)
+    turn = 1 - (cosine if opposite else cosine.abs())
     return ratio * turn.masked_fill(at.to(turn.device) < 0, float("-inf")).softmax(-1)

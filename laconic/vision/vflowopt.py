@@ -14,6 +14,8 @@ from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import Want
 from laconic.vision.picture import Picture
 
+MAP_WANTS = {Want("received", -2), Want("queries", -2), Want("keys", -2)}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class VFlowOpt(VisionMethod):
     all vote. The lowest tokens are grouped by cells of ``cell`` x ``cell``, and each cell becomes, at the place of its best
     member, their mean weighted by the map; as many of the lowest are grouped as makes the number that is left exact. ``laconic
     tune`` finds ``sinks`` and ``cell`` for a workload, as the source searches them for a model. Its two further drops inside the
-    language model by the same map are left out, as is the entropy of pixels, which its own search set to nothing.
+    language model by the same map are ``vflowopt_layers``: ``vflowopt:30% + vflowopt_layers:25%``. The entropy of pixels, which
+    its own search set to nothing, is left out.
     """
 
     id: ClassVar[str] = "vflowopt"
@@ -35,10 +38,10 @@ class VFlowOpt(VisionMethod):
     cell: float = parameter(4.0, "side of a cell in tokens", least=1, search=(2.0, 8.0, 12.0))
 
     def wants(self, depth: int) -> set[Want]:
-        return {Want("received", -2), Want("queries", -2), Want("keys", -2)}
+        return MAP_WANTS
 
     def reduce(self, picture: Picture, k: int) -> Reduction:
-        worth = self.map(picture)
+        worth = sink_map(picture, self.sinks)
         cells = picture.cells
         order = cells[worth[cells].argsort(stable=True)]  # the lowest first
         side, low = self.cell, None
@@ -54,27 +57,29 @@ class VFlowOpt(VisionMethod):
         merge = Merge(into)
         return Reduction(merge.kept, merge.mean(picture.features, worth), into, worth)
 
-    def map(self, picture: Picture) -> torch.Tensor:
-        """Mean attention of the sinks to every token, ``(n,)``."""
-        first = int(picture.trace.has_class)
-        query, keys = (picture.recorded(kind, -2).float() for kind in ("queries", "keys"))
-        received = picture.recorded("received", -2)
-        sums = torch.zeros_like(received)
-        for crop in range(len(received)):
-            voters = (received[crop] > self.sinks * received[crop].mean()).nonzero()[:, 0]
-            if not len(voters):
-                sums[crop] = received[crop]
-                continue
-            logits = query[crop][:, voters + first] @ keys[crop].transpose(-1, -2) * query.shape[-1] ** -0.5
-            sums[crop] = logits.softmax(-1).mean((0, 1))[first:]
-        return picture.of_patches(sums, "sum")
-
     def place(self, picture: Picture, side: float) -> torch.Tensor:
         """The number of each token's cell of ``side`` x ``side``, int64 ``(n,)``; crops share cells once these are as large."""
         layout = picture.layout
         rows, columns = (layout.row.float() / side).floor().long(), (layout.column.float() / side).floor().long()
         crop = layout.crop // max(1, int(side) // max(layout.shapes[0]))
         return ((crop * 4096 + rows) * 4096 + columns).to(picture.features.device)
+
+
+def sink_map(picture: Picture, sinks: float) -> torch.Tensor:
+    """Mean attention to every token, ``(n,)``, of those that receive more than ``sinks`` times the mean; of all where none
+    does."""
+    first = int(picture.trace.has_class)
+    query, keys = (picture.recorded(kind, -2).float() for kind in ("queries", "keys"))
+    received = picture.recorded("received", -2)
+    sums = torch.zeros_like(received)
+    for crop in range(len(received)):
+        voters = (received[crop] > sinks * received[crop].mean()).nonzero()[:, 0]
+        if not len(voters):
+            sums[crop] = received[crop]
+            continue
+        logits = query[crop][:, voters + first] @ keys[crop].transpose(-1, -2) * query.shape[-1] ** -0.5
+        sums[crop] = logits.softmax(-1).mean((0, 1))[first:]
+    return picture.of_patches(sums, "sum")
 
 
 def lowest(cells: list[int], k: int) -> int | None:

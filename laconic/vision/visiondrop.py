@@ -25,12 +25,12 @@ class VisionDrop(StagedMethod):
 
     Attention from picture to picture is the mean over heads and over its tokens. As a token is seen only by later ones, early
     tokens would win: each row is taken over the picture's tokens that it sees and weighed by their number, and a token's sum is
-    divided by how many see it, so that even attention gives everyone 1 (``correct=false``: as released). Words that come after a
-    picture never change what is kept of it, so that a second question finds what the first one had. Of what stays, the share
-    ``contextual`` are tokens at even distances among the others, each the mean of the hidden states of itself and of those whose
-    keys are most like its own (the released code adds the mean of these to it instead). The budget is the mean over the layers,
-    contextual tokens included. The source's first stage, in the vision encoder, is ``visionzip``: ``visionzip:33% +
-    visiondrop:11%``.
+    divided by how many see it, so that even attention gives everyone 1. Words that come after a picture never
+    change what is kept of it, so that a second question finds what the first one had. Of what stays, the share ``contextual`` are
+    tokens at even distances among the others, each the mean of the hidden states of itself and of those whose keys are most like
+    its own. The released code weighs neither rows nor columns, and adds to a contextual token the mean of those that join it,
+    which doubles its length: ``faithful_code`` does so too. The budget is the mean over the layers, contextual tokens included.
+    The source's first stage, in the vision encoder, is ``visionzip``: ``visionzip:33% + visiondrop:11%``.
     """
 
     id: ClassVar[str] = "visiondrop"
@@ -38,7 +38,11 @@ class VisionDrop(StagedMethod):
     verbs: ClassVar[tuple[str, ...]] = ("drop", "merge")
 
     contextual: float = parameter(0.15, "share of what stays that are merged tokens", least=0, search=(0.0, 0.3))
-    correct: bool = parameter(True, "weigh rows and columns so that early tokens have no advantage")
+    faithful_code: bool = parameter(False, "as released: early tokens have the advantage, and merged ones add up", search=())
+
+    @property
+    def adds(self) -> bool:
+        return self.faithful_code
 
     def check(self) -> None:
         super().check()
@@ -66,8 +70,8 @@ class VisionDrop(StagedMethod):
         total, viewers = (torch.zeros(len(own), device=own.device) for _ in range(2))
         for begin in range(0, len(own), ROWS):
             given, seen = (part[:, own] for part in attention_of(layer, call, row, own[begin : begin + ROWS]))
-            if self.correct:
+            if not self.faithful_code:
                 given = given / given.sum(-1, keepdim=True).clamp(min=1e-12) * seen.sum(-1, keepdim=True)
             total += given.sum(0)
             viewers += seen.sum(0)
-        return total / (viewers if self.correct else len(own))
+        return total / (len(own) if self.faithful_code else viewers)

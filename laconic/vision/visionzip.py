@@ -24,7 +24,7 @@ class VisionZip(VisionMethod):
     Salient is what the class token attends to in the block before the last, or what all patches attend to where there is none.
     ``contextual`` of the budget goes to targets spread evenly over the other tokens in the order of the prompt; every token that
     is left joins the target with the most similar key, and the target becomes the mean of itself and the mean of those that
-    joined.
+    joined. The released code adds that mean to it, which doubles its length: ``faithful_code`` does so too.
     """
 
     id: ClassVar[str] = "visionzip"
@@ -32,6 +32,7 @@ class VisionZip(VisionMethod):
     verbs: ClassVar[tuple[str, ...]] = ("drop", "merge")
 
     contextual: float = parameter(0.16, "share of the budget that goes to merged tokens", least=0, search=(0.0, 0.32))
+    faithful_code: bool = parameter(False, "as released: a target and the mean of what joins it are added", search=())
 
     def check(self) -> None:
         super().check()
@@ -47,23 +48,12 @@ class VisionZip(VisionMethod):
         salient = top(scores, k - few, picture.cells)
         into[salient] = salient
         rest = picture.cells[into[picture.cells] < 0]
-        features = picture.features.float().clone()
         if few:
             targets = spread(rest, few)
             into[targets] = targets
             movers = rest[into[rest] < 0]
             into[movers] = join_nearest(picture.keys(-2), targets, movers)
-            others = into.clone()
-            others[targets] = -1  # the mean of those that joined, without the target
-            joined = mean_of_others(picture.features, others, targets)
-            features[targets] = torch.where(joined.isnan(), features[targets], (features[targets] + joined) / 2)
-        kept = Merge(into).kept
-        return Reduction(kept, features[kept], into, scores)
-
-
-def mean_of_others(values: torch.Tensor, into: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The mean of the tokens that go into each of ``targets``, ``(t, width)``; NaN where there is none."""
-    real = into >= 0
-    total = torch.zeros(values.shape, device=values.device).index_add_(0, into[real], values[real].float())
-    count = torch.bincount(into[real], minlength=len(values)).float()
-    return (total / count[:, None])[targets]
+        merge = Merge(into)
+        own, (joined, count) = picture.features.float()[merge.kept], merge.of_others(picture.features)
+        both = own + joined
+        return Reduction(merge.kept, both if self.faithful_code else torch.where(count > 0, both / 2, own), into, scores)

@@ -28,7 +28,7 @@ SAME = {
     "idpruner": "score=salience, select=relevant",
     "uniform": "select=even",
     "random_prune": "select=random",
-    "holov(variety=0)": "regions=salient_stretches",
+    "holov(variety=0)": "regions=salient_tiles",
     "vtc_cls(first=-2)": "score=salience, select=best",
 }
 

@@ -83,7 +83,7 @@ def test_visiondrop_weighs_rows_and_columns() -> None:
     layers = held("llava", "visiondrop(contextual=0):50%", x)
     assert [p for p in layers[1] if p in image] == top(scores, plan[0], image)
     scores[image] = within.sum(0)
-    layers = held("llava", "visiondrop(contextual=0, correct=false):50%", x)
+    layers = held("llava", "visiondrop(contextual=0, faithful_code=true):50%", x)
     assert [p for p in layers[1] if p in image] == top(scores, plan[0], image)
 
 

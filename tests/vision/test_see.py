@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import vlm
 from PIL import Image
+from test_merging_inside import Pairs
 from typer.testing import CliRunner
 
 import laconic
@@ -17,7 +19,7 @@ from laconic.models.reading import open_picture
 from laconic.models.scenes import make_scene
 from laconic.vision.overlay import grids, overlay
 from laconic.vision.picture import grid
-from laconic.vision.see import Shown, see
+from laconic.vision.see import Shown, see, shown, taken_in
 
 runner = CliRunner()
 
@@ -48,6 +50,44 @@ def test_overlays_show_what_stays_as_it_is_and_fade_the_rest() -> None:
     assert pixels[30, 50, 2] > pixels[30, 50, 0]  # merged: blue
     stays, merged = grids(shown, 0)
     assert stays.sum() == 2 and merged.sum() == 1 and merged[1, 2] == 1
+
+
+def looked_at(recipe: str | laconic.Recipe) -> list[Shown]:
+    model, x = vlm.build("llava"), vlm.inputs("llava", (2,))
+    with laconic.apply(model, recipe) as handle, torch.no_grad():
+        model.generate(**x, max_new_tokens=2, do_sample=False)
+        model(**x)
+        return shown(handle, x["input_ids"])
+
+
+def test_tokens_that_merge_between_layers_are_shown() -> None:
+    for picture in looked_at(laconic.Recipe((Pairs(budget="50%"),))):
+        assert picture.into.tolist() == [i // 2 * 2 for i in range(64)] and picture.kept == 32
+        assert torch.allclose(picture.depth[1::2], torch.tensor(1 / 3))
+        _, merged = grids(picture, 0)
+        assert merged[:, 1::2].all() and not merged[:, ::2].any()
+        plain, tinted = (
+            np.asarray(overlay(Image.new("RGB", (32, 32)), Shown(picture.layout, picture.depth, into), side=32)).astype(int)
+            for into in (None, picture.into)
+        )
+        blue = tinted[..., 2] - tinted[..., 0] - (plain[..., 2] - plain[..., 0])
+        assert blue[1:-1, 5:7].min() > 20 and abs(blue[:, :4]).max() == 0  # the second patch of every pair
+    for recipe in ("sparsevlm(recycle=0.6):40%", "visiondrop(contextual=0.3):60%"):
+        for picture in looked_at(recipe):
+            last = picture.depth == 1
+            assert torch.equal((picture.into == torch.arange(64)), last)
+            joined = (picture.into >= 0) & ~last
+            assert int(joined.sum()) > 3 and bool((picture.depth[joined] < 1).all())
+    assert all(picture.into is None for picture in looked_at("fastv(layers=1):40%"))
+
+
+def test_what_merged_before_the_first_layer_and_between_them() -> None:
+    slots, before = torch.arange(4, 10), torch.tensor([0, 0, 2, 3, -1, 5])
+    merged = torch.full((12,), -1)
+    merged[6] = 4  # the third token, between layers
+    stays = torch.tensor([True, False, False, False, False, True])
+    assert taken_in(slots, stays, before, merged).tolist() == [0, 0, 0, -1, -1, 5]  # the fourth left in between
+    assert taken_in(slots, stays, None, merged).tolist() == [0, -1, 0, -1, -1, 5]
 
 
 def test_the_command_writes_pictures_and_a_page(folder: str, tmp_path: Path) -> None:
