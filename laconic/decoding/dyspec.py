@@ -164,6 +164,9 @@ class DySpec(DraftModelMethod):
     A place is chosen before its token is drawn, so that the law stays the model's. ``slot_value=expected`` weighs a place by the
     chance that its next token is accepted as well (not in the paper). With a ``threshold`` the tree grows level by level, where
     its value is above that: a forward of the draft model per level, where best first takes more of them.
+
+    A draft model that is right more often than it is sure, as in sampling at temperature 1, makes the tree wide and shallow: then a
+    chain or a fixed tree (``speculative``) is better.
     """
 
     id: ClassVar[str] = "dyspec"

@@ -138,13 +138,14 @@ def test_the_cache_is_that_of_the_tokens_that_were_said(models):
     for row in range(2):
         ids = torch.cat([known(2)["input_ids"][row], torch.tensor(out.rows[row])])
         plain = runner.handle.cache()
-        n = int(runner.lengths[row])
+        n = min(int(runner.lengths[row]), len(ids) - 1)  # a row that is finished is fed on, and nobody reads it
         with torch.no_grad(), runner.handle:
             model(input_ids=ids[None, :n], cache=plain, use_cache=True)
         for ours, fresh in zip(runner.cache.layers, plain.layers, strict=True):
-            torch.testing.assert_close(ours.keys[row, :, -n:], fresh.keys[0], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(ours.values[row, :, -n:], fresh.values[0], atol=1e-4, rtol=1e-4)
-            assert ours.positions[row, 0, -n:].tolist() == list(range(n))
+            own = (ours.positions[row, 0] >= 0) & (ours.positions[row, 0] < n)
+            torch.testing.assert_close(ours.keys[row][:, own], fresh.keys[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours.values[row][:, own], fresh.values[0], atol=1e-4, rtol=1e-4)
+            assert ours.positions[row, 0, own].tolist() == list(range(n))
 
 
 def test_a_token_is_not_said_twice_in_a_span(models):
