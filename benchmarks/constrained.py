@@ -135,7 +135,7 @@ def lines(tokenizer, samples: int, seed: int, context: int = 160) -> list[tuple[
 def adadec(model, tokenizer, samples: int = 150) -> list[dict]:
     """Share of lines that end as they should, and what that took."""
     ends = [token for token, piece in enumerate(token_bytes(tokenizer)) if b"\n" in (piece or b"")]
-    known = lines(tokenizer, 80, seed=1)
+    known = lines(tokenizer, 60, seed=1)
     table = get("adadec", threshold=0).calibrate(model, [torch.tensor(a) for a, _ in known], [torch.tensor(b) for _, b in known])
     rows, tasks = [{"threshold": table}], lines(tokenizer, samples, seed=2)
 

@@ -9,6 +9,7 @@ write, so any tokenizer will do, and a token may end in the middle of a characte
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 import weakref
@@ -47,6 +48,13 @@ class Vocabulary:
         if not found:
             raise LaconicError("The tokenizer has no token that ends a text: give its id as ends=[...].")
         return cls(tuple(token_bytes(tokenizer)), found)
+
+    @cached_property
+    def possible(self) -> torch.Tensor:
+        """Boolean ``(vocabulary,)``: tokens that write something or end a text."""
+        mask = torch.tensor([piece is not None for piece in self.pieces])
+        mask[list(self.ends)] = True
+        return mask
 
     @cached_property
     def guidance(self) -> Any:
@@ -124,7 +132,8 @@ class State:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self._known: dict[int, bool] = {}
-        self._next: dict[int, State] = {}  # particles that share a past share what was found out about it
+        # Particles that share a past share what was found out about it, as long as one of them is there.
+        self._next: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()
 
     @cached_property
     def complete(self) -> bool:
@@ -142,9 +151,10 @@ class State:
 
     def after(self, token: int) -> State:
         """The state behind a token that is ok."""
-        if token not in self._next:
-            self._next[token] = self._after(token)
-        return self._next[token]
+        state = self._next.get(token)
+        if state is None:
+            state = self._next[token] = self._after(token)
+        return state
 
     def test_all(self) -> np.ndarray:
         """Boolean ``(vocabulary,)``: which tokens are ok, tested one by one."""
@@ -189,10 +199,8 @@ class Constraint:
 
     def possible(self, size: int) -> torch.Tensor:
         """Boolean ``(size,)``: tokens that can be ok at all, of a model with ``size`` logits: not special ones and holes."""
-        writes = [token for token, piece in enumerate(self.vocabulary.pieces[:size]) if piece is not None]
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[[*writes, *self.vocabulary.ends]] = True
-        return mask
+        known = self.vocabulary.possible[:size]
+        return torch.nn.functional.pad(known, (0, size - len(known)))
 
 
 class _Written(State):
@@ -215,17 +223,34 @@ class _Written(State):
 
     def _extends(self, token: int) -> bool:
         read = self._read(token)
-        return read is not None and bool(self.rule[0](read[0]))
+        if read is None or not self.rule[0](read[0]):
+            return False
+        text, rest = read
+        return not rest or any(self.rule[0](text + character) for character in characters(rest))
 
     def _after(self, token: int) -> State:
         return _Written(self.vocabulary, self.rule, *self._read(token))
+
+
+@functools.cache
+def characters(rest: bytes, most: int = 64) -> tuple[str, ...]:
+    """Characters whose UTF-8 begins with ``rest``: all of them, or ``most`` spread evenly where there are more."""
+    size = 2 if rest[0] < 0xE0 else 3 if rest[0] < 0xF0 else 4
+    code = rest[0] & (0x7F >> size)
+    for byte in rest[1:]:
+        code = code << 6 | byte & 0x3F
+    free = 6 * (size - len(rest))
+    codes = range(code << free, (code + 1) << free, max(1, (1 << free) // most))
+    found = (chr(c) for c in codes if c <= 0x10FFFF and not 0xD800 <= c < 0xE000)
+    return tuple(character for character in found if character.encode().startswith(rest))
 
 
 def predicate(prefix: Callable[[str], bool], complete: Callable[[str], bool], tokenizer: Any) -> Constraint:
     """From two functions on the text: whether it can still become valid, and whether it is valid as it stands.
 
     Args:
-        prefix: has to be monotone: False stays False, whatever follows.
+        prefix: has to be monotone: False stays False, whatever follows. A token that ends in the middle of a character is
+            judged by 64 characters that begin so.
         tokenizer: a fast tokenizer of transformers, or a :class:`Vocabulary`.
     """
     vocabulary = Vocabulary.of(tokenizer)

@@ -182,7 +182,7 @@ def texts(particles) -> dict[str, float]:
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(temperature=1.5, top_k=4)])
 @pytest.mark.parametrize("recipe", [
     "awrs(particles=1200)", "awrs(particles=1200,ess_threshold=0,max_accepts=4)",
-    "awrs(particles=1200,max_rejects=2,prune=false)", "masking(particles=1200,proper_weights=true)",
+    "awrs(particles=1200,max_rejects=5,prune=false)", "masking(particles=1200,proper_weights=true)",
 ])  # fmt: skip
 @torch.inference_mode()
 def test_particles_follow_the_posterior(model, recipe, sampling):

@@ -16,6 +16,7 @@ import laconic
 from laconic import LaconicError
 from laconic.decoding.constraints import (
     Vocabulary,
+    characters,
     json_schema,
     lark,
     masked,
@@ -72,6 +73,19 @@ def test_a_character_may_come_in_pieces():
     half = constraint.start.after(1)
     assert not half.complete and half.ok(2) and not half.ok(1) and not half.ok(0)
     assert constraint.accepts([1, 2, 1, 2]) and not constraint.accepts([1, 2, 1])
+    full = half.after(2).after(1).after(2)
+    assert full.complete
+    done = predicate(lambda text: text in ("", "é"), lambda text: text == "é", vocabulary).start.after(1).after(2)
+    assert np.flatnonzero(done.mask()).tolist() == [0]  # where nothing can follow, no character can begin
+
+
+@given(st.characters(exclude_categories=["Cs"]), st.integers(1, 3))
+def test_what_a_character_may_become_begins_as_it_does(character, cut):
+    rest = character.encode()[:cut]
+    if len(rest) < len(character.encode()):
+        found = characters(rest)
+        assert 0 < len(found) <= 64 and all(other.encode().startswith(rest) for other in found)
+        assert len(character.encode()) - len(rest) > 1 or character in found
 
 
 def test_the_bytes_of_tokens_are_those_that_the_tokenizer_writes(tokenizer):
