@@ -51,8 +51,8 @@ def pictures(rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.
     pixels = (COLOURS[colours[:, tile]] * shown[..., None]).transpose(0, 3, 1, 2)
     pixels = pixels + rng.normal(0, 0.1, pixels.shape)
     numbers = np.broadcast_to(np.arange(TILES), drawn.shape)
-    tile, is_ = np.full_like(drawn, TILE), np.full_like(drawn, IS)
-    said = np.stack([tile, NUMBERS + numbers, is_, DRAWN + drawn, DRAWN + 4 + colours], axis=-1).reshape(count, -1)
+    begins, is_ = np.full_like(drawn, TILE), np.full_like(drawn, IS)
+    said = np.stack([begins, NUMBERS + numbers, is_, DRAWN + drawn, DRAWN + 4 + colours], axis=-1).reshape(count, -1)
     said = np.concatenate([said[:, 1:], np.full((count, 1), EOS)], axis=1)  # the prompt ends with the first word
     return torch.from_numpy(pixels).float(), torch.from_numpy(said)
 
