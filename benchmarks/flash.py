@@ -34,7 +34,7 @@ def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profiles", nargs="*", type=Path, help="drafters made by train_flash")
-    parser.add_argument("--model", default="captions")
+    parser.add_argument("--model", required=True, help="a model made by train_captions")
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--nodes", type=int, default=8, help="tokens drafted in a forward")
     parser.add_argument("--depth", type=int, default=4, help="how far ahead flash_sd drafts")

@@ -44,14 +44,13 @@ class _Flash(Drafter):
     def propose(self, text: Text, room: int) -> DraftTree:
         depth = min(self.method.depth or len(self.accuracy), room)
         rows = [self.accuracy[i % len(self.accuracy)] for i in range(depth)]
-        shape = best_tree(tuple(rows), self.method.nodes).expand(len(text.rows)).to(self.head.weight.device)
-        depth, ranks = shape.depth, int(shape.ranks.max()) + 1
-        laws, tokens = self._draft(text, depth, ranks)
-        depths = shape.depths
-        every = torch.arange(len(tokens), device=tokens.device)[:, None]
-        drafted = tokens[every, (depths - 1).clamp(min=0), shape.ranks]
+        fixed = best_tree(tuple(rows), self.method.nodes)  # on the processor, where the runner counts
+        laws, tokens = self._draft(text, fixed.depth, int(fixed.ranks.max()) + 1)
+        depths, ranks = fixed.depths[0].to(tokens.device), fixed.ranks[0].to(tokens.device)
+        drafted = tokens[:, (depths - 1).clamp(min=0), ranks]
         drafted[:, 0] = text.roots(tokens.device)
-        return DraftTree(drafted, shape, None if laws is None else laws[every, depths.clamp(max=depth - 1)])
+        shape = fixed.expand(len(text.rows))
+        return DraftTree(drafted, shape, None if laws is None else laws[:, depths.clamp(max=fixed.depth - 1)])
 
     def observe(self, step: Step, text: Text) -> None:
         """The accepted tokens' true hidden states take the place of those foretold."""

@@ -202,7 +202,7 @@ def main() -> None:
     from laconic.models import load
 
     parser = argparse.ArgumentParser(description="Train the drafter of flash_sd on descriptions of scenes.")
-    parser.add_argument("--model", default="captions", help="a vision-language model that describes scenes")
+    parser.add_argument("--model", required=True, help="a vision-language model that describes scenes")
     parser.add_argument("--output", type=Path, required=True, help="the profile to write")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=2000)
