@@ -125,7 +125,7 @@ def test_transprune_changes_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     given_, made = (torch.randn(1, 4, 5, generator=generator) for _ in range(2))
     change = transition(given_, made, torch.tensor([[-1, 0, 1, 2]]))[0]
-    turn = [1 - float(torch.dot(g, m) / g.norm() / m.norm()) for g, m in zip(given_[0, 1:], made[0, 1:], strict=True)]
+    turn = [1 - abs(float(torch.dot(g, m) / g.norm() / m.norm())) for g, m in zip(given_[0, 1:], made[0, 1:], strict=True)]
     share = torch.tensor(turn).softmax(0)
     ratio = made[0, 1:].norm(dim=-1) / given_[0, 1:].norm(dim=-1)
     torch.testing.assert_close(change[1:], ratio * share, atol=1e-5, rtol=1e-5)
