@@ -165,8 +165,8 @@ class DySpec(DraftModelMethod):
     chance that its next token is accepted as well (not in the paper). With a ``threshold`` the tree grows level by level, where
     its value is above that: a forward of the draft model per level, where best first takes more of them.
 
-    A draft model that is right more often than it is sure, as in sampling at temperature 1, makes the tree wide and shallow: then a
-    chain or a fixed tree (``speculative``) is better.
+    A draft model that is right more often than it is sure, as in sampling at temperature 1, makes the tree wide and shallow: then
+    a chain or a fixed tree (``speculative``) is better.
     """
 
     id: ClassVar[str] = "dyspec"
