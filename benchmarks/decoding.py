@@ -339,8 +339,8 @@ def run(model: str, draft: str | None, parts: Sequence[str], sizes: Sizes, quick
     assistant = load(draft)[0] if draft else None
     recipes, left_out = drafters(draft)
     result: dict[str, Any] = {
-        "model": model, "draft": draft, "machine": machine(), "versions": versions(), "sizes": dataclasses.asdict(sizes),
-        "quick": quick, "left_out": left_out,
+        "model": model, "dtype": str(network.dtype), "draft": draft, "machine": machine(), "versions": versions(),
+        "sizes": dataclasses.asdict(sizes), "quick": quick, "left_out": left_out,
     }  # fmt: skip
     large = build_slice(quick) if set(parts) & {"replay", "costs"} else None
     if "peers" in parts:
