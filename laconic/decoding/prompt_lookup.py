@@ -17,6 +17,9 @@ class _Lookup(Drafter):
         self.places: list[dict[tuple[int, ...], int]] = [{} for _ in setting.text.rows]  # where each n-gram ended last
         self.known = [0] * len(setting.text.rows)
 
+    def begin(self, setting: Setting) -> None:
+        self.__init__(self.method, setting)  # what it knows is of the old text alone
+
     def propose_row(self, row: int, ids: list[int], room: int) -> tuple[list[int], list[int]]:
         self._learn(row, ids)
         for size in range(min(self.method.ngram, len(ids) - 1), 0, -1):

@@ -82,6 +82,9 @@ class _Finder(Drafter):
         super().__init__(method, setting)
         self.automata = [Automaton() for _ in setting.text.rows]
 
+    def begin(self, setting: Setting) -> None:
+        self.__init__(self.method, setting)  # what it knows is of the old text alone
+
     def propose_row(self, row: int, ids: list[int], room: int) -> tuple[list[int], list[int]]:
         automaton = self.automata[row]
         for token in ids[automaton.tokens :]:

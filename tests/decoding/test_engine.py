@@ -148,6 +148,18 @@ def test_a_hot_start_goes_on_with_what_was_learned():
     assert table.any() and first.draft_bytes == table.numel() * 4
 
 
+@pytest.mark.parametrize("draft", ["prompt_lookup:6", "suffix_automaton:6", "token_recycling:8", "trigram_mcts:8"])
+def test_a_drafter_goes_on_with_another_text(draft):
+    """It drafts no worse than a new one where it knows nothing but the text."""
+    model, first, other = tiny.shared("llama"), tiny.prompt(1, 30), tiny.prompt(2, 45, seed=5)
+    fresh = decode(model, other, draft, max_new_tokens=30)
+    used = decode(model, first, draft, max_new_tokens=30).drafter
+    again = decode(model, other, draft, max_new_tokens=30, drafter=used)
+    assert again.rows == fresh.rows
+    if draft.startswith(("prompt", "suffix")):
+        assert again.accepted == fresh.accepted
+
+
 def test_settling_a_tree_leaves_the_cache_of_a_plain_run():
     """Keys and values of accepted nodes are those of the text alone, in the same order and place."""
     model, inputs = tiny.shared("llama"), tiny.prompt(2, 20)
