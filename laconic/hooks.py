@@ -313,7 +313,7 @@ def _positions(arguments: dict[str, Any], seen: int) -> torch.Tensor | None:
         return _count(mask)[:, -new:]
     given = arguments.get("position_ids")
     if isinstance(given, torch.Tensor) and given.dim() == 2 and given.shape[-1] == new:
-        if bool((given.diff(dim=-1) <= 0).any()):
+        if new > 1 and bool((given.diff(dim=-1) <= 0).any()):
             raise LaconicError("The positions do not ascend: put one text in each row and pad on the left, with a mask.")
         if seen or bool((given.diff(dim=-1) != 1).any()):  # a fresh text without gaps is counted from 0, as some models do not
             return given.expand(batch, -1)

@@ -181,21 +181,23 @@ class _Run:
 
     def _step(self) -> None:
         begun, room = time.perf_counter(), self._room()
-        plain = DraftTree.chain(self.text.roots()[:, None])
-        tree = self.drafter.propose(self.text, room) if self.drafter is not None and room > 0 else plain
+        if self.drafter is not None and room > 0:
+            tree = self.drafter.propose(self.text, room)
+        else:
+            tree = DraftTree.chain(self.text.roots()[:, None])
         self.result.draft_s += time.perf_counter() - begun
         tokens = tree.tokens.to(self.device)
         output = self.runner.step(tokens[:, 0]) if tree.plain else self.runner.run(tokens, tree.shape, tree.prompts)
         tree = dataclasses.replace(tree, tokens=tokens, shape=tree.shape.to(self.device))
         scores = self.sampling.scores(output.logits[:, : tree.nodes], self.text, tree)
         verdict = self._verify(tree, output.logits, scores)
-        path = verdict.path.cpu()
-        path = path[:, : int((path >= 0).sum(-1).max())]
+        accepted = [[node for node in row if node >= 0] for row in verdict.path.tolist()]
+        kept = [len(nodes) for nodes in accepted]
+        path = verdict.path[:, : max(kept)].cpu()
         if not tree.plain:
             self.runner.settle(path)
-        drafted = tree.tokens.cpu().gather(1, path.clamp(min=0)).tolist()
-        kept, last = (path >= 0).sum(-1).tolist(), verdict.token.tolist()
-        new = [[*row[1:count], token] for row, count, token in zip(drafted, kept, last, strict=True)]
+        drafted, last = tree.tokens.tolist(), verdict.token.tolist()
+        new = [[*(row[node] for node in nodes[1:]), token] for row, nodes, token in zip(drafted, accepted, last, strict=True)]
         for row, count in enumerate(kept):
             if not self.text.done[row]:
                 self.result.accepted += [0] * (count - len(self.result.accepted))

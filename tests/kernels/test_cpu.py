@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from laconic import kernels
 from laconic.errors import LaconicError
-from laconic.kernels import cpu, cpu_common, reference
+from laconic.kernels import cpu, cpu_attention, cpu_common, reference
 from laconic.kernels.memory import LINE, empty
 
 DTYPES = list(cpu.DTYPES)
@@ -58,6 +58,17 @@ def test_attention_in_any_view_reads_nothing_beyond_it(group, kv_heads, n, dim, 
     close(found, reference.selected_attention(query, keys, values, indices, **options), dtype)
     found = cpu.vote(query, keys, scale=dim**-0.5, starts=starts, stop=n, over="group")
     close([found], [reference.vote(query, keys, scale=dim**-0.5, starts=starts, stop=n, over="group")], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cached", [0, 1 << 30])
+def test_attention_is_the_same_in_one_call_and_in_blocks(monkeypatch, cached, dtype):
+    monkeypatch.setattr(cpu_attention, "CACHED", cached)
+    g = torch.Generator().manual_seed(2)
+    query = torch.randn(2, 6, 40, generator=g, dtype=torch.float32).to(dtype)
+    keys, values = between(g, (2, 2, 300, 40), dtype, "heads"), between(g, (2, 2, 300, 40), dtype, "entries")
+    close(kernels.decode_attention(query, keys, values, scale=0.3),
+          reference.decode_attention(query, keys, values, scale=0.3), dtype)  # fmt: skip
 
 
 def test_entries_beyond_one_block_and_one_chunk():
