@@ -94,8 +94,11 @@ class Written:
         return (len(self.rows[0]) - 1) * self.batches / (self.forwards - self.batches)
 
 
-def drafters(draft: str | None) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """Every method of the catalogue that drafts, by name, and why others are left out. ``draft``: for those that take a model."""
+def drafters(model: Any, draft: str | None) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """Every method of the catalogue that can draft for the model, by name, and why others are left out.
+
+    ``draft``: for those that take a model.
+    """
     found, left_out = {}, {}
     for row in methods():
         cls = find(row["id"])
@@ -103,7 +106,9 @@ def drafters(draft: str | None) -> tuple[dict[str, Recipe], dict[str, str]]:
             continue
         takes_model = any(f.name == "model" for f in dataclasses.fields(cls))
         try:
-            found[cls.id] = Recipe((get(cls.id, **({"model": draft} if takes_model and draft else {})),))
+            recipe = Recipe((get(cls.id, **({"model": draft} if takes_model and draft else {})),))
+            decode(model, {"input_ids": torch.ones(1, 2, dtype=torch.int64)}, recipe, max_new_tokens=2)
+            found[cls.id] = recipe
         except LaconicError as error:
             left_out[cls.id] = str(error)
     if "prompt_lookup" in found:
@@ -337,7 +342,7 @@ def run(model: str, draft: str | None, parts: Sequence[str], sizes: Sizes, quick
     network, reader = load(model)
     tokenizer = text_side(reader)
     assistant = load(draft)[0] if draft else None
-    recipes, left_out = drafters(draft)
+    recipes, left_out = drafters(network, draft)
     result: dict[str, Any] = {
         "model": model, "dtype": str(network.dtype), "draft": draft, "machine": machine(), "versions": versions(),
         "sizes": dataclasses.asdict(sizes), "quick": quick, "left_out": left_out,

@@ -54,8 +54,8 @@ def test_every_parameter_refuses_nonsense_in_one_sentence(name: str) -> None:
     cls = registry.find(name)
     for field in fields(cls):
         kind = type(field.default)
-        wrong = [None, [], float("nan"), *([] if field.default == "" else [""])]
-        wrong += [] if field.name == "model" else ["banana"]  # any word may be the name of a model
+        wrong = [None, [], float("nan"), *([] if field.default == "" or field.name == "end" else [""])]
+        wrong += [] if field.name in {"model", "words", "end"} else ["banana"]  # any word may be a model's name, or meant itself
         if kind in (int, float) and field.name in {"sinks", "recent", "window", "every", "kernel"}:
             wrong.append(-1)
         if kind is int:

@@ -26,14 +26,14 @@ TRAINED = 0.8  # share of the tokens that the regression is fitted to; the cut i
 @register
 @dataclass(frozen=True, kw_only=True)
 class AdaDec(SampleMethod):
-    """Decodes greedily; where the entropy of the next token passes a threshold, writes on a little from each of the best
-    candidates and takes the one whose tokens have the largest mean log probability. Only the candidate itself is kept.
+    """Decodes greedily; where the entropy of the next token passes a threshold, looks ahead before it chooses.
 
-    The entropy is that of the model's own logits, in nats; candidates and their log probabilities are what processors leave.
-    The threshold comes from a profile (``laconic profile adadec``), which learns from the entropy whether the likeliest token is
-    right, or is given: 0 looks ahead at every step, ``inf`` never. A roll-out stops where ``decode`` would: at ``ends`` and at
-    ``stop``. ``Decoded.figures`` counts gated steps and extra forwards. (The original's factor lambda scales all scores and
-    changes nothing.)
+    It writes on a little from each of the best candidates and takes the one whose tokens have the largest mean log
+    probability; only the candidate itself is kept. The entropy is that of the model's own logits, in nats; candidates and
+    their log probabilities are what processors leave. The threshold comes from a profile (``laconic profile adadec``), which
+    learns from the entropy whether the likeliest token is right, or is given: 0 looks ahead at every step, ``inf`` never. A
+    roll-out stops where ``decode`` would: at ``ends`` and at ``stop``. ``Decoded.figures`` counts gated steps and extra
+    forwards. (The original's factor lambda scales all scores and changes nothing.)
     """
 
     id: ClassVar[str] = "adadec"

@@ -89,6 +89,9 @@ class Reflection(SampleMethod):
     end: str = parameter("</think>", "token that ends the thinking; empty for none", search=())
     offset: int = parameter(0, "tokens of thinking that the prompt has already", least=0, search=())
 
+    def check(self) -> None:
+        self.require(bool(self.words.split()), "words is empty: give one or more words.")
+
     def processors(self, setting: Setting) -> tuple[Processor, ...]:
         if setting.tokenizer is None:
             raise LaconicError(f"{self.id} looks for words: give decode the tokenizer.")
@@ -159,7 +162,10 @@ class ThoughtPenalty(Reflection):
 @register
 @dataclass(frozen=True, kw_only=True)
 class BudgetForcing(Reflection):
-    """Forbids the end of thinking before ``least`` tokens; where it would be the likeliest token, ``words`` takes its place."""
+    """Forbids the end of thinking before ``least`` tokens; where it would be the likeliest token, ``words`` takes its place.
+
+    So a reasoning model thinks at least so long. No further computation; it composes with any drafter.
+    """
 
     id: ClassVar[str] = "budget_forcing"
     paper: ClassVar[str] = "s1: Simple test-time scaling (2025)"
@@ -168,6 +174,7 @@ class BudgetForcing(Reflection):
     least: int = parameter(600, "tokens of thinking before which it may not end", least=0)
 
     def check(self) -> None:
+        super().check()
         self.require(bool(self.end), "it needs the token that ends the thinking: give end=TOKEN.")
 
     def processor(self, ids: Sequence[int], end: int | None) -> Processor:

@@ -126,12 +126,12 @@ class _Searcher(Drafter):
 @register
 @dataclass(frozen=True, kw_only=True)
 class TrigramMcts(DraftMethod):
-    """Drafts a tree from a table of trigrams, which every step adapts to the newest text: a small Monte-Carlo tree search finds
-    the most visited paths of three tokens, each goes on with its best successor, and the most visited come first. Known as ADED.
+    """Drafts a tree from a table of trigrams that adapts to the newest text, by a small Monte-Carlo tree search. Known as ADED.
 
-    No model; a table learned from a corpus (``laconic profile trigram_mcts --model MODEL --text FILE --samples 200``) is a good
-    start. The rows of a batch share the table, which lives on in ``Decoded.drafter``. The original cuts its tree by taking away
-    whole long paths; here the budget ends it.
+    The search finds the most visited paths of three tokens, each goes on with its best successor, and the most visited come
+    first. No model; a table learned from a corpus (``laconic profile trigram_mcts --model MODEL --text FILE --samples 200``)
+    is a good start. The rows of a batch share the table, which lives on in ``Decoded.drafter``. The original cuts its tree by
+    taking away whole long paths; here the budget ends it.
     """
 
     id: ClassVar[str] = "trigram_mcts"
