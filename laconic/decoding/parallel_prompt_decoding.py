@@ -12,7 +12,7 @@ from laconic.budget import Budget
 from laconic.decoding.base import Drafter, DraftMethod, Setting, Step
 from laconic.decoding.distill import Lesson, accuracy, distill, kept_apart, with_rows
 from laconic.decoding.latency import forward_seconds
-from laconic.decoding.prompt_trees import best_length, first_tree, lay_out, plan
+from laconic.decoding.prompt_trees import best_length, best_plan, first_tree, lay_out
 from laconic.decoding.sampling import Text
 from laconic.decoding.templates import guessed
 from laconic.decoding.tree import DraftTree, PromptRows
@@ -29,17 +29,13 @@ class _Prompted(Drafter):
     def __init__(self, method: ParallelPromptDecoding, setting: Setting) -> None:
         super().__init__(method, setting)
         tables = find_profile(method.id, method.profile, setting.model)
-        self.prompts = weights_from_json(tables["weights"])["prompts"][: method.ahead].to(setting.model.device)
-        self.ahead = len(self.prompts)
-        if self.ahead:
-            table = tuple(tuple(row) for row in tables["accuracy"][: self.ahead])
-            least = self.ahead + 2  # one guess with one row behind it
-            method.require(method.nodes >= least, f"{self.ahead} prompt tokens need a budget of {least} or more.")
-            length = method.nodes
-            if method.length == "latency":
-                length = best_length(table, [tuple(pair) for pair in tables["seconds"]], length)
-            self.trees = (first_tree(self.ahead), *plan(table, length - self.ahead))
-            self.ranks = len(table[0])
+        table, length = tuple(tuple(row) for row in tables["accuracy"][: method.ahead]), method.nodes
+        if table and method.length == "latency":
+            length = best_length(table, [tuple(pair) for pair in tables["seconds"]], length)
+        plan = best_plan(table, length) if table else ()
+        self.ahead = len(plan)
+        self.trees, self.ranks = (first_tree(self.ahead), *plan), len(tables["accuracy"][0])
+        self.prompts = weights_from_json(tables["weights"])["prompts"][: self.ahead].to(setting.model.device)
         self._start(setting.text)
 
     def _start(self, text: Text) -> None:
@@ -82,11 +78,12 @@ class _Prompted(Drafter):
 class ParallelPromptDecoding(DraftMethod):
     """Guesses tokens 2, 3, 4 with prompt tokens: learned embeddings that stand where these tokens will be.
 
-    Every drafted token carries prompt rows of its own, so that the forward which checks it also guesses what follows it; nothing
-    else is computed and no second model is held. How many rows a token carries, and how many guesses are checked when 1, 2 or 3
-    depths are guessed, follows from how often each guess is right, so that the most tokens come out of a forward. The budget
-    counts all rows behind the newest token, guesses and prompt rows. The first forward after the prompt only guesses. The
-    embeddings, hidden x ``ahead`` numbers, are trained by ``laconic profile parallel_prompt_decoding``; the model stays as it is.
+    Every drafted token carries prompt rows of its own, so that the forward which checks it also guesses what follows it;
+    nothing else is computed and no second model is held. How many prompt tokens are used, how many rows a token carries,
+    and how many guesses are checked when 1, 2 or 3 depths are guessed, follows from how often each guess is right, so that
+    the most tokens come out of a forward. The budget counts all rows behind the newest token, guesses and prompt rows. The
+    first forward after the prompt only guesses. The embeddings, hidden x ``ahead`` numbers, are trained by ``laconic
+    profile parallel_prompt_decoding``; the model stays as it is.
     """
 
     id: ClassVar[str] = "parallel_prompt_decoding"
@@ -94,7 +91,7 @@ class ParallelPromptDecoding(DraftMethod):
     needs: ClassVar[str] = "training"
 
     budget: Budget = parameter(Budget(amount=24), "rows behind the newest token in each forward")  # noqa: RUF009
-    ahead: int = parameter(AHEAD, "prompt tokens, as many as were trained at most; 0 drafts nothing", least=0, search=(2,))
+    ahead: int = parameter(AHEAD, "prompt tokens at most; as many as pay are used, and 0 drafts nothing", least=0, search=())
     length: str = parameter(
         "budget", "rows that are used: budget, all of it; latency: as many as are fastest by the profile's times", search=()
     )
@@ -104,6 +101,7 @@ class ParallelPromptDecoding(DraftMethod):
 
     def check(self) -> None:
         need_file(self.id, self.profile)
+        self.require(self.nodes >= 3, "its budget holds a prompt row, a guess and the row behind it: give 3 or more.")
         self.require(self.length in LENGTHS, f"length must be one of {', '.join(LENGTHS)}.")
 
     def drafter(self, setting: Setting) -> Drafter:

@@ -69,6 +69,16 @@ def plan(accuracy: Accuracy, limit: int) -> tuple[PromptTree, ...]:
     return _trees(accuracy, sizes, limit)
 
 
+def best_plan(accuracy: Accuracy, rows: int) -> tuple[PromptTree, ...]:
+    """The plan with as many depths as pay: where few rows can be computed, every prompt token costs guesses.
+
+    Args:
+        rows: behind the root in a forward, its own prompt rows among them; 3 or more.
+    """
+    plans = (plan(accuracy[:ahead], rows - ahead) for ahead in range(1, min(len(accuracy), rows - 2) + 1))
+    return max(plans, key=tokens_per_forward)
+
+
 def tokens_per_forward(trees: Sequence[PromptTree]) -> float:
     """Of the Markov chain in which the next state is the number of prompt rows behind the node where a forward stops."""
     moves = np.zeros((len(trees), len(trees)))
@@ -85,12 +95,11 @@ def best_length(accuracy: Accuracy, seconds: Sequence[tuple[int, float]], most: 
     Args:
         seconds: of a forward with so many rows in all, ascending; in between it is interpolated.
     """
-    ahead = len(accuracy)
-    lengths = sorted({rows - 1 for rows, _ in seconds if ahead + 2 <= rows - 1 < most} | {most})
+    lengths = sorted({rows - 1 for rows, _ in seconds if 3 <= rows - 1 < most} | {most})
     rows, times = np.array(seconds).T
 
     def speed(length: int) -> float:
-        return tokens_per_forward(plan(accuracy, length - ahead)) / float(np.interp(length + 1, rows, times))
+        return tokens_per_forward(best_plan(accuracy, length)) / float(np.interp(length + 1, rows, times))
 
     return max(lengths, key=speed)
 

@@ -4,6 +4,9 @@
 A lexical unit is a run of tokens of which the model is sure: it gives each at least ``--sure``. Behind the text in front of a
 unit stand PAD tokens in the place of its own, and the model learns to say it as a whole, beside the text itself (Decoding at the
 Speed of Thought, 2024). The PAD token is the tokenizer's, and otherwise one that is added.
+
+It takes long. After 120 steps of half a batch, `story` says 1.04 tokens in a forward with confidence 0.5, next to none above, and
+pays for it with 0.10 to 0.15 nats a token of held-out text: this falls short of the 1.3 tokens that one would expect.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ def profiles(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_greedy_text_stays_for_any_weights(method, name, profiles):
     model, inputs = tiny.shared(name), tiny.prompt(3, 40, pads=(0, 7, 3))
-    expected = tiny.generate(model, inputs, 60)[:, 40:].tolist()
-    for budget in (5, 16, 33):
-        out = decode(model, inputs, f"{method}(profile={profiles[method, name]}):{budget}", max_new_tokens=60)
+    expected = tiny.generate(model, inputs, 40)[:, 40:].tolist()
+    for budget in (3, 20):
+        out = decode(model, inputs, f"{method}(profile={profiles[method, name]}):{budget}", max_new_tokens=40)
         assert out.rows == expected
 
 
@@ -140,7 +140,7 @@ def test_right_guesses_are_accepted(method, profiles, monkeypatch):
         return drafter
 
     monkeypatch.setattr(type(get(method)), "drafter", oracle)
-    out = decode(model, inputs, f"{method}(profile={profiles[method, 'llama']}):24", max_new_tokens=60)
+    out = decode(model, inputs, f"{method}(profile={profiles[method, 'llama']}):60", max_new_tokens=60)
     assert out.rows == plain and len(made) == 1
     assert out.tokens_per_forward > 2.5
     assert len(out.accepted) == 4  # three guesses at most
@@ -212,14 +212,13 @@ def test_what_cannot_work_is_one_sentence(method, tmp_path):
         make_profile(method, model, [torch.arange(4)], 0)
 
 
-def test_a_budget_that_holds_no_guess_is_refused(profiles):
-    model, inputs, path = tiny.shared("llama"), tiny.prompt(1, 10), profiles[METHODS[0], "llama"]
-    with pytest.raises(LaconicError, match="3 prompt tokens need a budget of 5 or more"):
-        decode(model, inputs, f"parallel_prompt_decoding(profile={path}):4", max_new_tokens=4)
+def test_a_budget_that_holds_no_guess_is_refused():
+    with pytest.raises(LaconicError, match="give 3 or more"):
+        get("parallel_prompt_decoding", budget="2")
     with pytest.raises(LaconicError, match="length must be one of"):
         get("parallel_prompt_decoding", length="long")
     with pytest.raises(LaconicError, match="no number of training steps"):
-        make_profile("fasa", model, [torch.arange(40)], 0, steps=3)
+        make_profile("fasa", tiny.shared("llama"), [torch.arange(40)], 0, steps=3)
 
 
 def test_the_length_by_latency_computes_fewer_rows(profiles):

@@ -25,7 +25,7 @@ def models():
     made = {}
     for name in ("llama", "qwen3"):
         model = copy.deepcopy(taught(name))
-        fine_tune(model, TEXT.numpy(), pad=0, steps=100, rate=0.01, window=32, sure=0.8)
+        fine_tune(model, TEXT.numpy(), pad=0, steps=80, rate=0.01, window=32, sure=0.8)
         made[name] = model.eval()
     return made
 

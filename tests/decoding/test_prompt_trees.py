@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laconic.decoding import prompt_trees
-from laconic.decoding.prompt_trees import best_length, first_tree, lay_out, plan, tokens_per_forward
+from laconic.decoding.prompt_trees import best_length, best_plan, first_tree, lay_out, plan, tokens_per_forward
 from laconic.decoding.templates import best_tree, worths
 from tests.decoding.drafts import ACCURACY
 
@@ -108,6 +108,14 @@ def test_the_search_finds_the_best_sizes():
 def test_more_rows_make_more_tokens():
     rates = [tokens_per_forward(plan(TABLE, limit)) for limit in (2, 6, 12, 24, 48)]
     assert rates == sorted(rates) and rates[-1] > rates[0]
+
+
+def test_few_rows_are_spent_on_guesses_rather_than_on_more_prompt_tokens():
+    depths = [len(best_plan(TABLE, rows)) for rows in (3, 6, 40, 100)]
+    assert depths == sorted(depths) and depths[0] == 1 and depths[-1] == 3
+    for rows in (5, 12, 40):
+        rates = [tokens_per_forward(plan(TABLE[:ahead], rows - ahead)) for ahead in (1, 2, 3)]
+        assert tokens_per_forward(best_plan(TABLE, rows)) == max(rates)
 
 
 def test_the_length_is_where_tokens_per_second_peak():
