@@ -223,8 +223,14 @@ def test_positions_are_shaped_and_ascend(name: str) -> None:
                 assert real[-1] == LENGTH - pad + STEPS - 2  # the last token of all was never an input
 
 
+@functools.cache
+def exact(sharpen: float) -> torch.nn.Module:
+    """In float64: in float32 a processor rounds a row of a batch and a row alone differently, and scores that nearly tie flip."""
+    return build(sharpen=sharpen).double()
+
+
 def padded_rows(recipe: str, budget: str, sharpen: float = 4.0) -> None:
-    model = shared() if sharpen == 4.0 else build(sharpen=sharpen)
+    model = exact(sharpen)
     inputs = prompt(3, LENGTH, seed=5, pads=PADS)
     with laconic.apply(model, f"{recipe}:{budget}"):
         together = generate(model, inputs, 12, return_dict_in_generate=True, output_logits=True)
