@@ -38,7 +38,7 @@ from laconic.registry import methods as catalogue
 if TYPE_CHECKING:
     from rich.table import Table
 
-SAMPLES, NEW_TOKENS, LENGTH = 3, 64, 256
+SAMPLES, NEW_TOKENS, LENGTH = 2, 48, 256
 TEMPERATURES, BATCHES = (0.0, 1.0), (1, 8)
 WARM = 6  # tokens that are written before times are taken
 
@@ -112,7 +112,7 @@ def decoding_suite(
         budgets: tokens drafted in each forward; by default each method's own.
         workloads: prose, code and repetitive, and paths of JSONL files with prompts. Files alone come on top of the three.
         samples: prompts of each workload; a batch takes as many as it has rows.
-        max_new_tokens: new tokens of each; by default 64, of a file its own.
+        max_new_tokens: new tokens of each; by default 48, of a file its own.
         length: tokens of the built-in prompts, 256 by default, or less for a model with few positions.
         temperatures, batches: what is run; 0 is greedy, and then texts are compared token by token.
         output: the report directory. A run that was interrupted goes on where it stopped; ``overwrite`` starts afresh.
