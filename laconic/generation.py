@@ -12,6 +12,7 @@ import torch
 
 from laconic.decoding.constraints import Constraint, masked
 from laconic.decoding.diffuse import diffuse
+from laconic.decoding.diffusion import DiffusionMethod
 from laconic.decoding.engine import Progress, decode, drafting
 from laconic.decoding.particles import ParticleMethod, sample
 from laconic.decoding.sampling import Sampling, repetition_penalty
@@ -114,7 +115,8 @@ class _Job:
 def _way(job: _Job, constraint: Constraint | None) -> tuple[list[list[int]], dict[str, Any]]:
     """New tokens of each row and the figures, by the loop that model and recipe ask for."""
     weighing = any(isinstance(m, ParticleMethod) for m in job.recipe.methods)
-    if getattr(job.model.config.get_text_config(), "diffusion", None) is not None:
+    filling = any(isinstance(m, DiffusionMethod) for m in job.recipe.methods)
+    if filling or getattr(job.model.config.get_text_config(), "diffusion", None) is not None:
         if constraint is not None or job.stop or job.sampling.processors:
             raise LaconicError("A diffusion model writes in any order: leave constraint, stop strings and penalty out.")
         return _diffused(job)
@@ -173,7 +175,7 @@ def _weighed(job: _Job, constraint: Constraint) -> tuple[list[list[int]], dict[s
         "prefill_s": None,
         "decode_s": (time.perf_counter() - begun) / len(out.best),
         "forwards": out.forwards,
-        "tokens_per_forward": out.tokens / out.forwards,
+        "tokens_per_forward": len(out.best) / out.forwards,
         "checks": out.checks,
         "satisfied": True,
         "evidence": out.evidence,

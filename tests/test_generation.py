@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
 import laconic
+from laconic import LaconicError
+from laconic.decoding.constraints import regex
 from laconic.decoding.engine import Progress
 from laconic.decoding.show import TreeView
 
@@ -33,6 +36,22 @@ def test_several_prompts_are_one_batch(needle):
     alone = [laconic.generate(needle, prompt, max_new_tokens=12)["text"] for prompt in prompts]
     together = laconic.generate(needle, prompts, drafter="token_recycling:8", max_new_tokens=12)
     assert together["text"] == alone
+
+
+def test_each_model_and_method_goes_its_own_way(needle):
+    with pytest.raises(LaconicError, match="is no diffusion model"):
+        laconic.generate(needle, PROMPT, "local_leap")
+    with pytest.raises(LaconicError, match="draws under a constraint"):
+        laconic.generate(needle, PROMPT, "awrs")
+
+
+@pytest.mark.parametrize("recipe", ["dense", "prompt_lookup:4", "awrs(particles=4,tail=0)"])
+def test_an_answer_under_a_constraint_satisfies_it(needle, recipe):
+    pytest.importorskip("llguidance")
+    found = laconic.generate(needle, PROMPT, recipe, constraint=lambda tokenizer: regex("[0-9]{3}-[0-9]{2}", tokenizer),
+                             max_new_tokens=16)  # fmt: skip
+    assert re.fullmatch("[0-9]{3}-[0-9]{2}", found["text"]) and found["satisfied"]
+    assert found["tokens_per_forward"] >= 0.5
 
 
 @pytest.mark.parametrize("draft", [None, "prompt_lookup:4"])

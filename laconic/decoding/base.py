@@ -133,6 +133,9 @@ class DraftMethod(Method):
         """The guarantee with these parameters."""
         return "lossy" if self.verifier in LOSSY else self.guarantee
 
+    def prepare(self, model: torch.nn.Module) -> None:
+        """Loads what it needs beside the target model, before anything is timed."""
+
     def drafter(self, setting: Setting) -> Drafter:
         """The state of a new run."""
         raise NotImplementedError

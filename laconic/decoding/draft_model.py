@@ -55,6 +55,9 @@ class DraftModelMethod(DraftMethod):
     def parameters(self) -> dict[str, Any]:
         return {name: str(value) if name == "model" else value for name, value in super().parameters().items()}
 
+    def prepare(self, model: torch.nn.Module) -> None:
+        self.open(model)
+
     def open(self, target: torch.nn.Module) -> torch.nn.Module:
         """The draft model for a target model. Raises LaconicError for one that cannot draft for it."""
         if isinstance(self.model, Loaded):

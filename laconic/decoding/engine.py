@@ -138,6 +138,7 @@ class _Run:
             raise LaconicError("The prompt is empty: give at least one token.")
         self.text, self.drafter = Text(rows), drafter
         if method is not None:
+            method.prepare(handle.model)
             handle.policy.refuse_drafts(len(rows))
             limit = self.runner.limit
             fits = limit is None or method.nodes < limit
