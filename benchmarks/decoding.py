@@ -260,11 +260,12 @@ class Burden:
         fill(large.config, context, [self.cache])
 
     def __call__(self, module: Any, arguments: tuple, named: dict[str, Any]) -> None:
-        ids = named["input_ids"]
+        given = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        ids = torch.zeros(given.shape[:2], dtype=torch.int64)
         prefill = "logits_to_keep" in named
         cache = {} if prefill else {self.argument: self.cache}
         with torch.inference_mode():
-            self.large(torch.zeros_like(ids), use_cache=not prefill, logits_to_keep=1 if prefill else 0, **cache)
+            self.large(ids, use_cache=not prefill, logits_to_keep=1 if prefill else 0, **cache)
         if not prefill:
             self.cache.crop(-ids.shape[1])
 
@@ -337,12 +338,15 @@ def costs(model: Any, name: str, sizes: Sizes, repeats: int = 7) -> dict[str, An
     }  # fmt: skip
 
 
-def run(model: str, draft: str | None, parts: Sequence[str], sizes: Sizes, quick: bool, say: Any) -> dict[str, Any]:
-    """Everything that was asked for."""
+def run(
+    model: str, draft: str | None, parts: Sequence[str], names: Sequence[str], sizes: Sizes, quick: bool, say: Any
+) -> dict[str, Any]:
+    """Everything that was asked for; ``names``: the only methods that draft, empty for all."""
     network, reader = load(model)
     tokenizer = text_side(reader)
     assistant = load(draft)[0] if draft else None
     recipes, left_out = drafters(network, draft)
+    recipes = {name: recipe for name, recipe in recipes.items() if not names or name in names}
     result: dict[str, Any] = {
         "model": model, "dtype": str(network.dtype), "draft": draft, "machine": machine(), "versions": versions(),
         "sizes": dataclasses.asdict(sizes), "quick": quick, "left_out": left_out,
@@ -363,6 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=None, help="by default story, with --quick needle")
     parser.add_argument("--draft", default=None, help="a smaller model of the same vocabulary; by default story-draft for story")
+    parser.add_argument("--methods", default="", help="the only methods that draft, separated by commas; by default all")
     parser.add_argument("--parts", default=",".join(PARTS), help="which of peers, replay, costs")
     parser.add_argument("--samples", type=int, default=Sizes.samples)
     parser.add_argument("--new", type=int, default=Sizes.new, help="tokens to write")
@@ -376,7 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     model = given.model or ("needle" if given.quick else "story")
     draft = given.draft or {"story": "story-draft", "needle": "needle"}.get(model)
     sizes = QUICK if given.quick else Sizes(given.samples, given.new, repeats=given.repeats)
-    result = run(model, draft, parts, sizes, given.quick, lambda line: print(line, file=sys.stderr, flush=True))
+    names = given.methods.split(",") if given.methods else []
+    result = run(model, draft, parts, names, sizes, given.quick, lambda line: print(line, file=sys.stderr, flush=True))
     result["command"] = shell_command(sys.argv[1:]).replace("laconic", "python benchmarks/decoding.py", 1)
     text = dumps(result, indent=2)
     print(text)
