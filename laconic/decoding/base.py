@@ -112,9 +112,10 @@ class DraftMethod(Method):
     def __post_init__(self) -> None:
         if self.verifier == "":
             object.__setattr__(self, "verifier", self.verifiers[0])
-        super().__post_init__()
+        object.__setattr__(self, "budget", Budget.parse(self.budget))
         counted = self.budget.amount is not None and self.budget.shape == "uniform"
         self.require(counted, "its budget is the number of tokens drafted in each forward, such as 16.")
+        super().__post_init__()
         self.require(self.verifier in self.verifiers, f"verifier must be one of {', '.join(self.verifiers)}.")
 
     def parameters(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class WeDLM(DiffusionMethod):
 
     A forward takes the tokens of the window that are known, then ``window`` or fewer masks, at their true positions, behind the
     cache: a mask sees all that is known. Known tokens without a mask to their left are in the cache for good after it. Needs a
-    causal model that was trained to fill in masks (``config.diffusion = "causal"``), such as the built-in `mask-causal`.
+    causal model that was trained to fill in masks (``config.diffusion = "causal"``), as `laconic.models.train_mask` does.
     """
 
     id: ClassVar[str] = "wedlm"
