@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from laconic.errors import LaconicError
+
 WORDS = (
     "air", "arm", "bag", "bank", "bed", "bell", "bird", "boat", "body", "book", "box", "boy", "bread", "bridge", "bus", "cake",
     "car", "cat", "chair", "child", "city", "coat", "cow", "cup", "day", "desk", "dog", "door", "ear", "egg", "eye", "face",
@@ -26,6 +28,7 @@ WORDS = (
 )  # fmt: skip
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HELD_OUT = 10  # one question in so many
+TRIES = 1000  # questions in a row that may be too long for a document
 
 Draw = np.random.Generator
 
@@ -121,7 +124,8 @@ class Documents:
     """Rows of questions, answers and padding, for training: arrays ``(rows, length)``.
 
     A document is ``<bos>question answer<eos>...<eos>``: the number of end tokens is random, and what follows is the next
-    document. One row in four ends after its first document, in padding up to the end, as an answer does in a long canvas.
+    document, which must not be seen: other answers are made of the same words. One row in four ends after its first document,
+    in padding up to the end, as an answer does in a long canvas.
     """
 
     PADDING, ALONE = 5, 0.25  # mean number of end tokens after an answer; share of rows with a single document
@@ -131,15 +135,18 @@ class Documents:
         self.source = questions(seed + 1)
         self.waiting: list[tuple[list[int], list[int]]] = []
 
-    def take(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids, int64, and which of them belong to an answer or its padding, bool."""
+    def take(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, int64; which of them belong to an answer or its padding, bool; where in the row each one's document begins."""
         ids = np.full((rows, length), self.tokenizer.eos_token_id, dtype=np.int64)
-        answers = np.ones((rows, length), dtype=bool)
+        answers, begins = np.ones((rows, length), dtype=bool), np.zeros((rows, length), dtype=np.int64)
         for row in range(rows):
             alone, at = self.rng.random() < self.ALONE, 0
             while at == 0 or (not alone and at < length - length // 8):
-                at = self._put(ids[row], answers[row], at)
-        return ids, answers
+                behind = self._put(ids[row], answers[row], at)
+                if not answers[row, at:].all():  # something was put there
+                    begins[row, at:] = at
+                at = behind
+        return ids, answers, begins
 
     def _put(self, ids: np.ndarray, answers: np.ndarray, at: int) -> int:
         """Writes the next document at ``at`` if it fits; gives the position behind it, or the end of the row."""
@@ -153,7 +160,7 @@ class Documents:
 
     def _next(self, longest: int) -> tuple[list[int], list[int]]:
         """Token ids of the next question and answer that together fit into a row."""
-        while True:
+        for _ in range(TRIES):
             if not self.waiting:
                 asked = list(islice(self.source, 256))
                 prompts = self.tokenizer([q.prompt for q in asked])["input_ids"]
@@ -162,3 +169,4 @@ class Documents:
             prompt, answer = self.waiting.pop()
             if len(prompt) + len(answer) < longest:
                 return prompt, answer
+        raise LaconicError(f"Hardly a question fits into a row of {longest} tokens: make rows longer.")

@@ -35,59 +35,64 @@ def build_model(tokenizer: Any, size: str = "mask", start: Path | None = None) -
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HIDDEN // HEADS, max_position_embeddings=LIMIT,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4}, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="sdpa", diffusion=KINDS[size], mask_token_id=tokenizer.mask_token_id,
+        initializer_range=HIDDEN**-0.5, attn_implementation="sdpa", diffusion=KINDS[size], mask_token_id=tokenizer.mask_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if start is not None:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(start).state_dict())
+        return model
+    with torch.no_grad():  # tokens must stand out in the residual stream, or looking them up is learned late
+        model.model.embed_tokens.weight.normal_(0.0, 1.0)
+        model.model.norm.weight.fill_(HIDDEN**-0.5)  # logits of the tied head stay small
     return model
 
 
 class Turns:
-    """Windows of text and rows of questions in turn: ids, and which of them may be masked, each ``(rows, length)``."""
+    """Windows of text and rows of questions in turn, each ``(rows, length)``: ids, which of them may be masked, and where in
+    the row each one's document begins."""
 
     def __init__(self, tokenizer: Any, corpus: np.ndarray, seed: int) -> None:
         self.text, self.documents = Batches(corpus, seed), Documents(tokenizer, seed)
         self.mask, self.rng, self.turn = tokenizer.mask_token_id, np.random.default_rng(seed), 0
 
-    def draw(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A quarter of the ``rows * length`` tokens in a turn of text, half of them in one of questions.
+    def draw(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Half of ``rows * length`` tokens, in rows of a quarter of the length; every third turn is text.
 
-        Rows of questions are short, and hold short questions only, until the windows of text are long.
+        Rows are short, and hold short questions only, until the windows of text would be long: more and smaller steps teach more.
         """
         self.turn += 1
-        if self.turn % 2:
-            ids = self.text.take(max(1, rows // 4), length)
-            return ids, np.ones_like(ids, dtype=bool)
+        if self.turn % 3 == 0:
+            ids = self.text.take(rows * 2, length // 4)
+            return ids, np.ones_like(ids, dtype=bool), np.zeros_like(ids)
         return self.documents.take(rows * 2, length // 4)
 
 
 class Noise(Turns):
-    """What `mask` learns from: ids with masks; and, of the masked positions, their places, true ids and weights in the loss.
+    """What `mask` learns from: ids with masks, where documents begin; and masked positions with their true ids and weights.
 
     Every row has its ratio of masks t, uniform; a mask weighs 1 / t, which bounds the likelihood (LLaDA, eq. 3). The ratios
-    of a batch are spread evenly, which keeps the loss steady. Places count through all rows; there are always as many, those
+    of a batch are spread evenly, which keeps the loss steady. Positions count through all rows; there are always as many, those
     that are not needed with a weight of 0.
     """
 
-    def take(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        ids, free = self.draw(rows, length)
+    def take(self, rows: int, length: int) -> tuple[np.ndarray, ...]:
+        ids, free, begins = self.draw(rows, length)
         spread = (self.rng.permutation(len(ids)) + self.rng.random(len(ids))) / len(ids)
         ratio = np.broadcast_to((LEAST + (1 - LEAST) * spread)[:, None], ids.shape)
         masked = free & (self.rng.random(ids.shape) < ratio)
         order = np.argsort(~masked, axis=None, kind="stable")
         chosen = order[: max(int(ids.size * ROOM), int(masked.sum()))]
         weight = (masked / ratio / free.sum()).flat[chosen]
-        return np.where(masked, self.mask, ids), chosen, ids.flat[chosen], weight.astype(np.float32)
+        return np.where(masked, self.mask, ids), begins, chosen, ids.flat[chosen], weight.astype(np.float32)
 
 
 def masked_loss(
-    model: Any, noisy: torch.Tensor, chosen: torch.Tensor, true: torch.Tensor, weight: torch.Tensor
+    model: Any, noisy: torch.Tensor, begins: torch.Tensor, chosen: torch.Tensor, true: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted cross-entropy in nats of the masked tokens; every position sees every other."""
-    rows, length = noisy.shape
-    seen = torch.ones(rows, 1, length, length, dtype=torch.bool)
-    hidden = model.model(input_ids=noisy, attention_mask=seen, use_cache=False).last_hidden_state
+    """Weighted cross-entropy in nats of the masked tokens; in a document every position sees every other."""
+    places = torch.arange(noisy.shape[1]) - begins
+    seen = (begins[:, :, None] == begins[:, None])[:, None]
+    hidden = model.model(input_ids=noisy, position_ids=places, attention_mask=seen, use_cache=False).last_hidden_state
     each = cross_entropy(model.lm_head(hidden.flatten(0, 1)[chosen]).float(), true, reduction="none")
     return (each * weight).sum()
 
@@ -96,13 +101,14 @@ class TwoStreams(Turns):
     """What `mask-causal` learns from: rows ``[true | masked]`` of twice the length.
 
     Each gives ids, logical positions and, per token of the masked stream, its true id and weight; then, per token of the true
-    one, whether it belongs to text or an answer and so is a target; with them comes the mask of who sees whom. In every block of
+    one, whether it belongs to text or an answer and so is a target; with them comes the mask of who sees whom ``(rows, 1, 2n,
+    2n)``. In every block of
     the masked stream what is known stands first, then the masks, at their logical positions. The blocks begin at a random place,
     as the window of decoding does.
     """
 
     def take(self, rows: int, length: int) -> tuple[np.ndarray, ...]:
-        ids, free = self.draw(rows, length)
+        ids, free, begins = self.draw(rows, length)
         rows, length = ids.shape
         block = (np.arange(length) + self.rng.integers(BLOCK)) // BLOCK
         share = np.maximum(self.rng.random((rows, block[-1] + 1)), 1e-8)[:, block]
@@ -114,8 +120,10 @@ class TwoStreams(Turns):
         weight = hidden / np.take_along_axis(share, order, 1)
         weight /= max(weight.sum(), 1e-8)
         stream = np.concatenate([ids, np.where(hidden, self.mask, true)], 1)
-        places = np.concatenate([np.broadcast_to(np.arange(length), order.shape), order], 1)
-        return stream, places, true, weight.astype(np.float32), free, two_stream_mask(block)
+        begins = np.concatenate([begins, np.take_along_axis(begins, order, 1)], 1)
+        places = np.concatenate([np.broadcast_to(np.arange(length), order.shape), order], 1) - begins
+        seen = two_stream_mask(block) & (begins[:, :, None] == begins[:, None])[:, None]
+        return stream, places, true, weight.astype(np.float32), free, seen
 
     def _ranks(self, free: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A random rank of every maskable token among those of its block, and how many these are."""
@@ -148,7 +156,7 @@ def two_stream_loss(
     """Half the weighted cross-entropy of the masks, half that of the next token in the true stream, in nats."""
     length = true.shape[1]
     hidden = model.model(
-        input_ids=stream, position_ids=places, attention_mask=seen.expand(len(stream), -1, -1, -1), use_cache=False
+        input_ids=stream, position_ids=places, attention_mask=seen, use_cache=False
     ).last_hidden_state
     logits = model.lm_head(hidden).float()
     masks = cross_entropy(logits[:, length:].flatten(0, 1), true.flatten(), reduction="none")

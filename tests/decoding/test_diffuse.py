@@ -131,6 +131,7 @@ def test_a_plan_computes_what_it_says(plan, rows, model):
     ["full_canvas(block=4)", "fast_dllm(threshold=0.6, plan=dual, block=6)", "local_leap(threshold=0.6, relaxed=0.4)"],
 )
 def test_rows_of_a_batch_are_what_they_are_alone(method, model):
+    model = copy.deepcopy(model).double()  # near ties would flip with the rounding
     short, long = prompt(5, seed=1), prompt(9, seed=2)
     ids = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1), long])
     mask = (torch.arange(9) >= torch.tensor([[4], [0]])).long()

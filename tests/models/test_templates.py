@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from laconic.errors import LaconicError
 from laconic.models.templates import KINDS, LETTERS, WORDS, Documents, is_held_out, questions
 from laconic.models.text_data import train_tokenizer
 
@@ -67,17 +68,18 @@ def test_words_are_distinct_and_letters_are_single():
 
 
 def test_rows_of_documents(tokenizer):
-    ids, answers = Documents(tokenizer, 5).take(40, 96)
+    ids, answers, begins = Documents(tokenizer, 5).take(40, 96)
     assert ids.shape == answers.shape == (40, 96) and answers.dtype == bool
-    again, _ = Documents(tokenizer, 5).take(40, 96)
+    again, *_ = Documents(tokenizer, 5).take(40, 96)
     np.testing.assert_array_equal(ids, again)
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     alone = 0
-    for row, free in zip(ids, answers, strict=True):
+    for row, free, begin in zip(ids, answers, begins, strict=True):
         assert row[0] == bos and not free[0] and set(row[free]).isdisjoint({bos})
         starts = [int(i) for i in np.flatnonzero(row == bos)]
         alone += len(starts) == 1
         for start, stop in zip(starts, [*starts[1:], 96], strict=True):
+            assert set(begin[start:stop]) == {start}
             length = int((~free[start:stop]).sum())
             assert not free[start : start + length].any() and free[start + length : stop].all(), "a question, then an answer"
             text = [int(i) for i in row[start + length : stop]]
@@ -86,3 +88,8 @@ def test_rows_of_documents(tokenizer):
             kind, asked = tokenizer.decode(row[start + 1 : start + length]).split(": ", 1)
             assert tokenizer.decode(text[:size]) == " " + solve(kind, asked.removesuffix(" ="))
     assert alone >= 5, "some rows are one answer and its padding"
+
+
+def test_rows_that_hold_no_question_are_refused(tokenizer):
+    with pytest.raises(LaconicError, match="row of 4 tokens: make rows longer"):
+        Documents(tokenizer, 0).take(1, 4)

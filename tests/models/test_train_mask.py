@@ -57,7 +57,7 @@ def test_a_model_can_start_from_another(small, tokenizer, tmp_path, monkeypatch)
 def test_masks_weigh_the_inverse_of_their_ratio(tokenizer):
     feed = Noise(tokenizer, corpus(tokenizer), 0)
     for turn in range(8):
-        noisy, chosen, true, given = feed.take(16, 64)
+        noisy, begins, chosen, true, given = feed.take(4, 256)
         masked = noisy == tokenizer.mask_token_id
         assert len(set(chosen)) == len(chosen) == len(true) == len(given) >= int(0.7 * noisy.size)
         weight = np.zeros(noisy.shape, np.float32)
@@ -67,41 +67,51 @@ def test_masks_weigh_the_inverse_of_their_ratio(tokenizer):
         assert (weight.max(1) * masked.size >= masked.any(1)).all() and weight.max() * (~masked).size <= 4 / LEAST
         for row, marks in zip(weight, masked, strict=True):
             assert len(set(row[marks])) <= 1, "one ratio per row"
-        if turn % 2:
+        assert begins.shape == noisy.shape and bool(begins.any()) == (turn % 3 < 2)
+        if turn % 3 < 2:
             assert not masked[:, 0].any(), "questions are never masked"
-    totals = [feed.take(16, 64)[3].sum() for _ in range(60)]
+    totals = [feed.take(4, 256)[4].sum() for _ in range(60)]
     assert abs(np.mean(totals) - 1) < 0.1, "a maskable token weighs 1 / their number in the mean"
 
 
-def test_the_loss_is_a_weighted_cross_entropy_with_full_attention(small):
+def test_the_loss_is_a_weighted_cross_entropy_with_full_attention_in_a_document(small):
     model = small[0]
     ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     noisy = ids.clone()
     noisy[0, 3] = noisy[1, 7] = 3
     chosen, weight = torch.tensor([3, 5, 12 + 7]), torch.tensor([0.5, 0.0, 2.0])
+    begins = torch.tensor([[0] * 12, [0] * 5 + [5] * 7])
     with torch.no_grad():
-        law = model(input_ids=noisy, attention_mask=torch.zeros(2, 1, 12, 12)).logits.log_softmax(-1)
-        expected = -0.5 * law[0, 3, ids[0, 3]] - 2.0 * law[1, 7, ids[1, 7]]
-        torch.testing.assert_close(masked_loss(model, noisy, chosen, ids.flatten()[chosen], weight), expected)
+        first = model(input_ids=noisy[:1], attention_mask=torch.zeros(1, 1, 12, 12)).logits.log_softmax(-1)
+        second = model(input_ids=noisy[1:, 5:], attention_mask=torch.zeros(1, 1, 7, 7)).logits.log_softmax(-1)
+        expected = -0.5 * first[0, 3, ids[0, 3]] - 2.0 * second[0, 2, ids[1, 7]]
+        torch.testing.assert_close(masked_loss(model, noisy, begins, chosen, ids.flatten()[chosen], weight), expected)
 
 
 def test_the_two_streams_are_the_same_tokens_in_another_order(tokenizer):
     feed = TwoStreams(tokenizer, corpus(tokenizer), 1)
     for turn in range(6):
-        stream, places, true, weight, free, seen = feed.take(8, 64)
+        stream, places, true, weight, free, seen = feed.take(2, 256)
         rows, length = true.shape
-        ids, second, order = stream[:, :length], stream[:, length:], places[:, length:]
-        np.testing.assert_array_equal(np.sort(order, 1), np.broadcast_to(np.arange(length), order.shape))
-        np.testing.assert_array_equal(np.take_along_axis(ids, order, 1), true)
+        ids, second = stream[:, :length], stream[:, length:]
+        size = len(tokenizer)  # tokens with their positions are the same in both streams
+        pairs = [places[:, :length] * size + ids, places[:, length:] * size + true]
+        np.testing.assert_array_equal(*(np.sort(part, 1) for part in pairs))
         hidden = weight > 0
         np.testing.assert_array_equal(second[~hidden], true[~hidden])
         assert (second[hidden] == tokenizer.mask_token_id).all() and abs(weight.sum() - 1) < 1e-4
-        assert np.take_along_axis(free, order, 1)[hidden].all(), "only answers and text are masked"
-        assert seen.shape == (1, 1, 2 * length, 2 * length)
-        for row in range(rows):  # in each block what is known comes first; both kinds ascend
-            parts = np.flatnonzero(np.diff(order[row]) < 0)
-            assert len(parts) <= 2 * (length // BLOCK + 2)
-        if turn % 2:
+        answers = [set(part[row].tolist()) for row, part in zip(free, pairs[0], strict=True)]
+        for row in range(rows):
+            assert set(pairs[1][row][hidden[row]].tolist()) <= answers[row], "only answers and text are masked"
+        assert seen.shape == (rows, 1, 2 * length, 2 * length)
+        for row in range(rows):  # a document begins anew, and nothing before it is seen
+            inside = np.arange(length) - places[row, :length]
+            known = seen[row, 0, :length, :length]
+            np.testing.assert_array_equal(known, np.tril(inside[:, None] == inside[None]))
+            later = seen[row, 0, length:, length:]
+            assert not np.triu(later, 1).any() and later.diagonal().all()
+            assert not (later & hidden[row][None] & ~hidden[row][:, None]).any(), "what is known does not see masks"
+        if turn % 3 < 2:
             assert not free[:, 0].any()
 
 
@@ -122,31 +132,31 @@ def test_who_sees_whom():
 @torch.inference_mode()
 def test_training_shows_what_decoding_will(small, tokenizer):
     """Logits of a block in the masked stream are those of a WeDLM forward over the same block behind a cache of true tokens."""
-    model = small[1]
-    stream, places, true, _, _, seen = TwoStreams(tokenizer, corpus(tokenizer), 2).take(2, 64)
+    model, feed = small[1], TwoStreams(tokenizer, corpus(tokenizer), 2)
+    feed.turn = 2  # text is next
+    stream, places, true, _, _, seen = feed.take(2, 256)
     length = true.shape[1]
     trained = model(
-        input_ids=torch.from_numpy(stream), position_ids=torch.from_numpy(places),
-        attention_mask=torch.from_numpy(seen).expand(len(stream), -1, -1, -1),
-    ).logits[:, length:]  # fmt: skip
+        input_ids=torch.from_numpy(stream), position_ids=torch.from_numpy(places), attention_mask=torch.from_numpy(seen)
+    ).logits[:, length:]
     for start in np.flatnonzero(np.diff(seen[0, 0, length:, :length].sum(1))) + 1:  # where a block begins
-        stop = min(int(start) + BLOCK, length)
-        run, prefix, count = Run(model, torch.from_numpy(stream[:1, : int(start)]), 64), slice(0, int(start)), stop - int(start)
-        place = torch.arange(int(start))
+        begin, stop = int(start), min(int(start) + BLOCK, length)
+        run, prefix, count = Run(model, torch.from_numpy(stream[:1, :begin]), 64), slice(0, begin), stop - begin
+        place = torch.arange(begin)
         run.forward(run.ids[:, prefix], place, write=prefix, read=prefix, bias=None, keep=place[:0])
-        later = torch.ones(count, stop, dtype=torch.bool).triu(int(start) + 1)
+        later = torch.ones(count, stop, dtype=torch.bool).triu(begin + 1)
         logits = run.forward(
-            torch.from_numpy(stream[:1, length + int(start) : length + stop]),
-            torch.from_numpy(places[0, length + int(start) : length + stop]),
-            write=slice(int(start), stop), read=slice(0, stop), keep=torch.arange(count),
+            torch.from_numpy(stream[:1, length + begin : length + stop]),
+            torch.from_numpy(places[0, length + begin : length + stop]),
+            write=slice(begin, stop), read=slice(0, stop), keep=torch.arange(count),
             bias=torch.zeros(later.shape).masked_fill(later, torch.finfo(torch.float32).min)[None, None],
         )  # fmt: skip
-        torch.testing.assert_close(logits[0], trained[0, int(start) : stop], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(logits[0], trained[0, begin:stop], rtol=1e-3, atol=1e-3)
 
 
 def test_the_causal_loss_is_half_masks_half_next_tokens(small, tokenizer):
     model = small[1]
-    tensors = [torch.from_numpy(x) for x in TwoStreams(tokenizer, corpus(tokenizer), 3).take(2, 32)]
+    tensors = [torch.from_numpy(x) for x in TwoStreams(tokenizer, corpus(tokenizer), 3).take(1, 256)]
     stream, _, true, weight, free, _ = tensors
     length = true.shape[1]
     with torch.no_grad():
