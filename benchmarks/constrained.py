@@ -132,7 +132,7 @@ def lines(tokenizer, samples: int, seed: int, context: int = 160) -> list[tuple[
     return found
 
 
-def adadec(model, tokenizer, samples: int = 150) -> list[dict]:
+def adadec(model, tokenizer, samples: int = 100) -> list[dict]:
     """Share of lines that end as they should, and what that took."""
     ends = [token for token, piece in enumerate(token_bytes(tokenizer)) if b"\n" in (piece or b"")]
     known = lines(tokenizer, 60, seed=1)
