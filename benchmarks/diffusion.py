@@ -1,4 +1,4 @@
-"""Forwards, computed rows, quality and time of the diffusion methods: ``python benchmarks/diffusion.py``.
+"""Forwards, computed rows, quality and time of the diffusion methods: ``python benchmarks/diffusion.py --model DIR``.
 
 Every method answers the same held-out questions of `laconic.models.templates`. Prints one JSON object: per method right answers
 (exact match), forwards and computed token rows per question, needed tokens per forward, and its processor time relative to the
@@ -43,8 +43,9 @@ Answer = Callable[[torch.Tensor], tuple[torch.Tensor, int, int, int]]  # new ids
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mask", help="a masked-diffusion model (default mask)")
-    parser.add_argument("--causal", default="mask-causal", help="one with causal attention (default mask-causal)")
+    parser.add_argument("--model", required=True, help="a masked-diffusion model, as laconic.models.train_mask makes it")
+    parser.add_argument("--profile", help="its profile for learn2pd, which is left out otherwise")
+    parser.add_argument("--causal", help="a model with causal attention, for wedlm")
     parser.add_argument("--samples", type=int, default=90, help="questions (default 90)")
     parser.add_argument("--canvas", type=int, default=128, help="new tokens that there is room for (default 128)")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,6 +54,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows, losses = [], {}
     for name, methods in ((options.model, MASKED), (options.causal, ("autoregressive", *CAUSAL))):
+        if name is None:
+            continue
         model, tokenizer = laconic.load(name)
         asked = list(itertools.islice(questions(options.seed, held_out=True), options.samples))
         first, losses[name] = None, text_loss(model, tokenizer)
@@ -60,15 +63,23 @@ def main() -> None:
             if options.methods and method not in options.methods:
                 continue
             try:
-                row = measure(model, tokenizer, method, asked, options.canvas)
+                row = measure(model, tokenizer, with_profile(method, options.profile), asked, options.canvas)
             except LaconicError as error:
                 print(f"{method}: {error}", file=sys.stderr)
                 continue
             first = first or row["seconds"]
-            rows.append({"model": name, **row, "speedup": first / row["seconds"]})
+            rows.append({"model": name, **row, "method": method, "speedup": first / row["seconds"]})
             print(f"{method}: {row['right']:.3f} right, {row['forwards']:.1f} forwards", file=sys.stderr, flush=True)
     settings = {"samples": options.samples, "canvas": options.canvas, "seed": options.seed}
     print(json.dumps({**settings, "text_loss": losses, "rows": rows, "machine": machine()}, indent=2))
+
+
+def with_profile(method: str, profile: str | None) -> str:
+    """The recipe of learn2pd with the file of its profile."""
+    name, _, parameters = method.rstrip(")").partition("(")
+    if name != "learn2pd" or not profile:
+        return method
+    return f"{name}({', '.join(filter(None, [parameters, f'profile={profile}']))})"
 
 
 @torch.inference_mode()
