@@ -17,6 +17,7 @@ from laconic.decoding.engine import Progress, decode, drafting
 from laconic.decoding.particles import ParticleMethod, sample
 from laconic.decoding.sampling import Sampling, repetition_penalty
 from laconic.errors import LaconicError
+from laconic.evaluation.measure import stop_ids
 from laconic.recipe import Recipe
 
 LOOK_BACK = 16  # tokens beyond the letters of a stop string that are looked at for it
@@ -137,8 +138,8 @@ def _decoded(job: _Job, constraint: Constraint | None) -> tuple[list[list[int]],
     if constraint is not None:
         sampling = dataclasses.replace(sampling, processors=(*sampling.processors, masked(constraint)))
     out = decode(
-        job.model, job.inputs, job.recipe, max_new_tokens=job.most, sampling=sampling, seed=job.seed, ends=_ends(job.model),
-        stop=_stopper(job.tokenizer, job.stop), watch=tell, tokenizer=job.tokenizer,
+        job.model, job.inputs, job.recipe, max_new_tokens=job.most, sampling=sampling, seed=job.seed,
+        ends=stop_ids(job.model, job.tokenizer), stop=_stopper(job.tokenizer, job.stop), watch=tell, tokenizer=job.tokenizer,
     )  # fmt: skip
     longest = max(map(len, out.rows))
     return out.rows, {
@@ -242,12 +243,6 @@ def _encode(tokenizer: Any, prompts: list[str], chat: bool) -> Any:
     if inputs["input_ids"].shape[1] == 0 or not bool(inputs["attention_mask"].any(-1).all()):
         raise LaconicError("The prompt is empty: give at least one word.")
     return inputs
-
-
-def _ends(model: torch.nn.Module) -> list[int]:
-    """Tokens that end a text."""
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _stopper(tokenizer: Any, stop: Sequence[str]) -> Callable[[int, list[int]], bool] | None:

@@ -11,7 +11,7 @@ import torch
 
 from laconic import models
 from laconic.decoding.base import Drafter, DraftMethod, Setting
-from laconic.decoding.runner import Runner
+from laconic.decoding.runner import Runner, left_padded
 from laconic.decoding.sampling import Text
 from laconic.decoding.tree import NONE, DraftTree, TreeShape
 from laconic.decoding.verify import match
@@ -187,10 +187,8 @@ class ModelDrafter(Drafter):
     def _prefill(self, text: Text) -> None:
         """Reads all but the newest token of each text into a new cache."""
         self.text, self.runner = text, Runner(self.handle)
-        longest = max(map(len, text.rows)) - 1
-        ids = torch.tensor([[0] * (longest + 1 - len(row)) + row[:-1] for row in text.rows])
-        mask = torch.tensor([[0] * (longest + 1 - len(row)) + [1] * (len(row) - 1) for row in text.rows])
-        self.runner.prefill({"input_ids": self._ids(ids), "attention_mask": mask.to(self.network.device)})
+        inputs = left_padded([row[:-1] for row in text.rows], self.network.device)
+        self.runner.prefill({**inputs, "input_ids": self._ids(inputs["input_ids"])})
 
     def _settle(self) -> None:
         """Keeps what was read and became text: what was fed, and the nodes that the texts went on with."""

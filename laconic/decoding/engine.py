@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +62,13 @@ class Decoded:
     @property
     def tokens_per_forward(self) -> float | None:
         """New tokens of a row per forward after the prompt's; the first token is the prompt's own."""
-        steps = sum(self.accepted)
-        return (steps + sum(count * times for count, times in enumerate(self.accepted))) / steps if steps else None
+        return per_forward(self.accepted)
+
+
+def per_forward(accepted: Sequence[int]) -> float | None:
+    """New tokens per forward, where 0, 1, 2, ... drafted ones were accepted so often; the model's own one comes on top."""
+    steps = sum(accepted)
+    return sum((count + 1) * times for count, times in enumerate(accepted)) / steps if steps else None
 
 
 def decode(
@@ -74,7 +79,7 @@ def decode(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     seed: int | torch.Generator | None = 0,
-    ends: Sequence[int] = (),
+    ends: Collection[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None,
     watch: Callable[[Progress], None] | None = None,
     drafter: Drafter | None = None,

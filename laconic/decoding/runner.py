@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from laconic.attention.branches import Branches
 from laconic.decoding.tree import PromptRows, TreeShape
 from laconic.errors import LaconicError
 from laconic.hooks import Handle, cache_name
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device | str, pad: int = 0) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` (batch, n) of texts of different lengths."""
+    ids = [torch.tensor(row, dtype=torch.int64, device=device) for row in rows]
+    options = {"batch_first": True, "padding_side": "left"}
+    mask = pad_sequence([torch.ones_like(row) for row in ids], **options)
+    return {"input_ids": pad_sequence(ids, padding_value=pad, **options), "attention_mask": mask}
 
 
 class Runner:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laconic.errors import LaconicError
 from laconic.evaluation.report import (
-    PAGE,
     STYLES,
     Row,
     entries_of,
@@ -16,10 +14,9 @@ from laconic.evaluation.report import (
     fill,
     names_of,
     percent,
-    read_header,
     styles_of,
+    write_page,
 )  # fmt: skip
-from laconic.evaluation.results import HEADER, RESULTS, read_rows, write_atomic
 from laconic.evaluation.table import figure, ratio, seconds, size
 
 if TYPE_CHECKING:
@@ -61,13 +58,8 @@ def write_decoding_report(directory: str | Path) -> Path:
     Raises:
         LaconicError: there are no results in it, or the page cannot be written.
     """
-    directory = Path(directory)
-    rows, problems = read_rows(directory / RESULTS)
-    if not rows:
-        raise LaconicError(f"There are no results in {directory}: run laconic compare --suite decoding first.")
-    page = fill("decoding.html.j2", _view(rows, read_header(directory / HEADER), problems))
-    write_atomic(directory / PAGE, page.encode("utf-8", "replace").decode())
-    return directory / PAGE
+    command = "laconic compare --suite decoding"
+    return write_page(Path(directory), command, lambda *found: fill("decoding.html.j2", _view(*found)))
 
 
 def _view(rows: list[Row], run: dict[str, Any], problems: Sequence[str]) -> dict[str, Any]:

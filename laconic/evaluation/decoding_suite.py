@@ -16,7 +16,8 @@ import torch
 
 from laconic.budget import Budget
 from laconic.decoding.base import DraftMethod
-from laconic.decoding.engine import Decoded, decode, drafting
+from laconic.decoding.engine import Decoded, decode, drafting, per_forward
+from laconic.decoding.runner import left_padded
 from laconic.decoding.sampling import Sampling
 from laconic.errors import LaconicError
 from laconic.evaluation.drafting_texts import TEXTS, prompts
@@ -249,8 +250,7 @@ class _Sum:
 
     @property
     def tokens_per_forward(self) -> float | None:
-        steps = self.accepted.total()
-        return sum((count + 1) * times for count, times in self.accepted.items()) / steps if steps else None
+        return per_forward(self.histogram)
 
 
 class _Suite(Session):
@@ -359,10 +359,7 @@ class _Suite(Session):
                 raise LaconicError("prompts with pictures are continued one at a time here: use --batches 1.")
             inputs = {"input_ids": torch.tensor([group[0].ids]), **group[0].inputs}
             return {name: value.to(self.device) for name, value in inputs.items()}
-        most = max(len(item.ids) for item in group)
-        ids = torch.tensor([[self.pad] * (most - len(item.ids)) + item.ids for item in group], device=self.device)
-        mask = torch.tensor([[0] * (most - len(item.ids)) + [1] * len(item.ids) for item in group], device=self.device)
-        return {"input_ids": ids, "attention_mask": mask} if bool((mask == 0).any()) else {"input_ids": ids}
+        return left_padded([item.ids for item in group], self.device, self.pad)
 
 
 def plain_of(recipe: Recipe) -> Recipe:

@@ -85,10 +85,17 @@ def write_report(directory: str | Path) -> Path:
         LaconicError: there are no results in it, or the page cannot be written.
     """
     directory = Path(directory)
+    return write_page(
+        directory, f"laconic compare --output {directory}", lambda rows, *rest: render(rows, *rest, read_gallery(directory, rows))
+    )
+
+
+def write_page(directory: Path, command: str, render: Callable[[list[Row], dict[str, Any], list[str]], str]) -> Path:
+    """Writes ``index.html``, made by ``render`` of rows, header and problems, in one step; ``command`` is what makes results."""
     rows, problems = read_rows(directory / RESULTS)
     if not rows:
-        raise LaconicError(f"There are no results in {directory}: run laconic compare --output {directory} first.")
-    page = render(rows, read_header(directory / HEADER), problems, read_gallery(directory, rows))
+        raise LaconicError(f"There are no results in {directory}: run {command} first.")
+    page = render(rows, read_header(directory / HEADER), problems)
     write_atomic(directory / PAGE, page.encode("utf-8", "replace").decode())  # a lone surrogate has no UTF-8
     return directory / PAGE
 

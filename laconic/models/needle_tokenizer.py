@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from laconic.models.byte_bpe import train_pieces, wrapped
 from laconic.models.names import code_names
 
 if TYPE_CHECKING:
@@ -15,32 +16,14 @@ PIECES = 1536
 
 
 def train_tokenizer(texts: Iterable[str], pieces: int = PIECES) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) and add every code name as one token.
+    """Train byte-level BPE and add every code name as one token.
 
-    ``pieces`` counts the special tokens, the 256 bytes and the merges; the names come on top. Pads on the left.
+    ``pieces`` counts the special tokens, the 256 bytes and the merges; the names come on top.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import AddedToken
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=pieces,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
+    core = train_pieces(texts, pieces, SPECIAL_TOKENS)
     # The leading space belongs to the token, as in the pieces of byte-level BPE.
     core.add_tokens([AddedToken(" " + name, normalized=False) for name in code_names()])
     pad, bos, eos = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        padding_side="left",
-        model_max_length=16384,
-        clean_up_tokenization_spaces=False,
-    )
+    return wrapped(core, 16384, pad_token=pad, bos_token=bos, eos_token=eos)

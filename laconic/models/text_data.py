@@ -15,6 +15,7 @@ import numpy as np
 
 from laconic.errors import LaconicError
 from laconic.evaluation.haystack import read_text, reference_text
+from laconic.models.byte_bpe import train_pieces, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,26 +57,15 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) of ``PIECES`` tokens. Puts <bos> in front; pads on the left."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Byte-level BPE of ``PIECES`` tokens that puts <bos> in front."""
+    from tokenizers import processors
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=PIECES, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False),
-    )
+    core = train_pieces(texts, PIECES, SPECIAL)
     pad, bos, eos, mask = SPECIAL
     core.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, core.token_to_id(bos))]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=pad, bos_token=bos, eos_token=eos, mask_token=mask, padding_side="left",
-        model_max_length=LIMIT, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return wrapped(core, LIMIT, pad_token=pad, bos_token=bos, eos_token=eos, mask_token=mask)
 
 
 def prepare(data: Path, out: Path) -> tuple[Any, np.ndarray]:
@@ -91,14 +81,20 @@ def prepare(data: Path, out: Path) -> tuple[Any, np.ndarray]:
     else:
         tokenizer = train_tokenizer(text[:1_000_000] for text in texts)
         tokenizer.save_pretrained(out)
-    return tokenizer, np.concatenate([encode(tokenizer, text) for text in texts])
+    return tokenizer, corpus_of(tokenizer, texts)
+
+
+def corpus_of(tokenizer: Any, texts: Iterable[str]) -> np.ndarray:
+    """All of the texts as one array of token ids, int32."""
+    return np.concatenate([encode(tokenizer, text) for text in texts])
 
 
 def encode(tokenizer: Any, text: str) -> np.ndarray:
-    """Token ids of a whole document, uint16, with <bos> and <eos>."""
+    """Token ids of a whole document, int32, with the tokens that begin and end a text where the tokenizer has them."""
     pieces = [text[i : i + SHARD] for i in range(0, len(text), SHARD)]
     ids = [i for part in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for i in part]
-    return np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], dtype=np.uint16)
+    whole = (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id)
+    return np.array([i for i in whole if i is not None], dtype=np.int32)
 
 
 class Batches:

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from laconic.models import load
 from laconic.models.scenes import SHAPES, SIDE, Question, Scene, ask, make_scene, plural
 from laconic.models.shapes_processor import make_processor
-from laconic.models.train_shapes import IGNORED, Batch, assemble, encode
+from laconic.models.train_shapes import IGNORED, Batch, assemble, encode, read_words
 
 # sides of pictures in pixels, most things in them, pictures in a batch, and the share of the time up to which they are shown
 STAGES = ((SIDE // 3, 3, 16, 0.25), (SIDE // 2, 5, 12, 0.6), (SIDE, 8, 4, 1.0))
@@ -57,16 +57,7 @@ def loss_of(model, batch: Batch) -> tuple[torch.Tensor, float]:
     """Cross entropy of the answers, and the share of their tokens that are right."""
     with torch.no_grad():
         features, _ = encode(model, batch)
-    words = model.model.language_model.embed_tokens
-    begin = words(torch.full((len(batch.ids), 1), 1))
-    hidden = torch.cat([begin, model.model.multi_modal_projector(features), words(batch.ids)], dim=1)
-    before = hidden.shape[1] - batch.ids.shape[1]
-    block = torch.cat([torch.full((len(batch.ids), before), -1), batch.block], dim=1)
-    own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1) | (block[:, None] >= 0 if batch.chat else False)
-    causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
-    hidden = model.model.language_model(
-        inputs_embeds=hidden, attention_mask=(own & causal)[:, None], position_ids=batch.positions, use_cache=False
-    ).last_hidden_state[:, before:]
+    hidden = read_words(model, features, batch)
     asked = batch.answers != IGNORED
     logits, target = model.lm_head(hidden[asked]).float(), batch.answers[asked]
     return cross_entropy(logits, target), float((logits.argmax(-1) == target).float().mean())

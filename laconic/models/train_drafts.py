@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from laconic.models.text_data import Batches, prepare
+from laconic.models.text_data import Batches, corpus_of, training_texts
 from laconic.profiles import make_profile
 
 METHODS = ("parallel_prompt_decoding", "medusa")
@@ -26,20 +26,18 @@ def windows(corpus: np.ndarray, seed: int) -> list[torch.Tensor]:
 
 def main() -> None:
     """Command line entry."""
-    from laconic.models import ZOO, load
+    from laconic.models import load
 
     parser = argparse.ArgumentParser(description="Train the drafters of a built-in language model.")
-    parser.add_argument("--model", default="story", help="a built-in model or a folder with its tokenizer (default story)")
+    parser.add_argument("--model", default="story", help="a built-in model, a local path, or a hub id (default story)")
     parser.add_argument("--data", type=Path, required=True, help="folder with text/books/*.xz and text/technical/*.xz")
     parser.add_argument("--out", type=Path, required=True, help="folder for the profiles")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)} (default both)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of training (default {STEPS})")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    model, _ = load(options.model, dtype="float32")
-    folder = ZOO / options.model
-    _, corpus = prepare(options.data, folder if folder.is_dir() else Path(options.model))
-    texts = windows(corpus, options.seed)
+    model, tokenizer = load(options.model, dtype="float32")
+    texts = windows(corpus_of(tokenizer, training_texts(options.data)), options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     for method in options.methods.split(","):
         made = make_profile(method, model, texts, options.seed, steps=options.steps)

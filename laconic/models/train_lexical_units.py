@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from laconic.decoding.distill import descend, rows_mask
 from laconic.decoding.lexical_unit_decoding import MARK
-from laconic.models.text_data import SHARD, Batches, training_texts
+from laconic.models.text_data import Batches, corpus_of, training_texts
 
 MOST = 4  # tokens of a unit
 SURE = 0.9
@@ -137,8 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load(options.model, dtype="float32")
     pad = pad_token(model, tokenizer)
-    pieces = [text[i : i + SHARD] for text in training_texts(options.data) for i in range(0, len(text), SHARD)]
-    corpus = np.concatenate([np.array(ids, dtype=np.int64) for ids in tokenizer(pieces, verbose=False)["input_ids"]])
+    corpus = corpus_of(tokenizer, training_texts(options.data))
     losses = fine_tune(
         model, corpus, pad=pad, steps=options.steps, rate=options.rate, seed=options.seed, most=options.most, sure=options.sure
     )

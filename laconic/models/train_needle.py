@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from laconic.evaluation.haystack import read_text, reference_text
+from laconic.models.checkpoint import save, saved_state
 from laconic.models.needle_data import IGNORED, DocumentMaker
 from laconic.models.needle_tokenizer import train_tokenizer
 
@@ -100,15 +101,6 @@ def losses(model, batch, text_weight: float, name_start: int):
     return loss, accuracy, text_loss.item()
 
 
-def save(model, optimizer, out: Path, state: dict) -> None:
-    """Write the weights in bf16 and, beside the folder, the state to go on from."""
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **state}, out / "resume.tmp")
-    (out / "resume.tmp").replace(out / "resume.pt")
-    import copy
-
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
-
-
 def train(data: Path | None, out: Path, minutes: float, seed: int) -> None:
     """Train for `minutes` of wall clock, counted over all resumed runs."""
     out.mkdir(parents=True, exist_ok=True)
@@ -118,8 +110,7 @@ def train(data: Path | None, out: Path, minutes: float, seed: int) -> None:
     model = build_model(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
     state = {"step": 0, "stage": 0, "elapsed": 0.0}
-    if (out / "resume.pt").exists():
-        saved = torch.load(out / "resume.pt")
+    if (saved := saved_state(out)) is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = {key: saved[key] for key in state}
@@ -167,9 +158,9 @@ def loop(model, optimizer, maker, state, out: Path, minutes: float, name_start: 
             state["stage"] += 1
             recent = []
         if passed or time.time() - last_save > 120:
-            save(model, optimizer, out, state)
+            save(model, out, optimizer=optimizer.state_dict(), **state)
             last_save = time.time()
-    save(model, optimizer, out, state)
+    save(model, out, optimizer=optimizer.state_dict(), **state)
 
 
 def main() -> None:

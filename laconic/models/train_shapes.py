@@ -12,7 +12,6 @@ encoder learns alone, on crowded pictures. The heads are not saved; state is, be
 from __future__ import annotations
 
 import argparse
-import copy
 import queue
 import threading
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from laconic.models.checkpoint import save, saved_state
 from laconic.models.scenes import CELL, COLOURS, RADII, SHAPES, SIDE, TYPES, WORDS, Scene, Thing, ask, covered, make_scene
 from laconic.models.shapes_processor import make_processor, vocabulary
 
@@ -301,10 +301,8 @@ def encode(model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return features[:, 1:], tower.post_layernorm(hidden[:, 0])
 
 
-def losses(model, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Loss of the answers, loss of the extra heads, and which questions were answered right ``(batch, questions)``."""
-    features, token = encode(model, batch)
-    extra = heads.losses(features, token, batch)
+def read_words(model, features: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Last hidden states of the words ``(batch, words, dim)`` behind the pictures: questions see the picture and themselves."""
     words = model.model.language_model.embed_tokens
     begin = words(torch.full((len(batch.ids), 1), 1))
     hidden = torch.cat([begin, model.model.multi_modal_projector(features), words(batch.ids)], dim=1)
@@ -312,12 +310,20 @@ def losses(model, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     block = torch.cat([torch.full((len(batch.ids), before), -1), batch.block], dim=1)
     own = (block[:, :, None] == block[:, None]) | (block[:, None] == -1) | (block[:, None] >= 0 if batch.chat else False)
     causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
-    middle: list[torch.Tensor] = []
-    layers = model.model.language_model.layers
-    hooks = [layers[i].register_forward_hook(lambda _m, _a, out: middle.append(out[:, before:])) for i in (HALF_WAY, LATER)]
-    hidden = model.model.language_model(
+    return model.model.language_model(
         inputs_embeds=hidden, attention_mask=(own & causal)[:, None], position_ids=batch.positions, use_cache=False
     ).last_hidden_state[:, before:]
+
+
+def losses(model, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Loss of the answers, loss of the extra heads, and which questions were answered right ``(batch, questions)``."""
+    features, token = encode(model, batch)
+    extra = heads.losses(features, token, batch)
+    count = batch.ids.shape[1]
+    middle: list[torch.Tensor] = []
+    layers = model.model.language_model.layers
+    hooks = [layers[i].register_forward_hook(lambda _m, _a, out: middle.append(out[:, -count:])) for i in (HALF_WAY, LATER)]
+    hidden = read_words(model, features, batch)
     for hook in hooks:
         hook.remove()
     extra = extra + heads.naming(*middle, batch)
@@ -340,8 +346,7 @@ def train(out: Path, minutes: float, seed: int) -> None:
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     state = {"step": 0, "stage": 0, "elapsed": 0.0, "scenes": 0}
-    if (out / "resume.pt").exists():
-        saved = torch.load(out / "resume.pt")
+    if (saved := saved_state(out)) is not None:
         for part, name in ((model, "model"), (heads, "heads"), (optimizer, "optimizer")):
             part.load_state_dict(saved[name])
         state = {key: saved[key] for key in state}
@@ -388,17 +393,9 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
             state["stage"] += 1
             right.clear()
         if passed or time.time() - last_save > 120:
-            save(model, heads, optimizer, out, state)
+            save(model, out, heads=heads.state_dict(), optimizer=optimizer.state_dict(), **state)
             last_save = time.time()
-    save(model, heads, optimizer, out, state)
-
-
-def save(model, heads, optimizer, out: Path, state: dict) -> None:
-    """Write the weights in bf16 and, beside them, the state to go on from."""
-    parts = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**parts, **state}, out / "resume.tmp")
-    (out / "resume.tmp").replace(out / "resume.pt")
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    save(model, out, heads=heads.state_dict(), optimizer=optimizer.state_dict(), **state)
 
 
 def main() -> None:

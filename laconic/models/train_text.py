@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from laconic.models.checkpoint import save, saved_state
 from laconic.models.text_data import Batches, prepare
 
 TOKENS = 4096  # of a batch
@@ -35,13 +35,6 @@ def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save(model: torch.nn.Module, steps: list[torch.optim.Optimizer], out: Path, state: dict[str, Any]) -> None:
-    """Writes the weights in bf16 and, beside them, the state to go on from."""
-    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in steps], **state}, out / "resume.tmp")
-    (out / "resume.tmp").replace(out / "resume.pt")
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
-
-
 def train(
     make: Callable[[Any], torch.nn.Module], loss_of: Loss, data: Path, out: Path, minutes: float, seed: int, fuse: bool,
     feed: Callable[[Any, np.ndarray, int], Any] | None = None,
@@ -60,8 +53,7 @@ def train(
     model = make(tokenizer)
     steps = optimizers(model)
     state = {"step": 0, "elapsed": 0.0}
-    if (out / "resume.pt").exists():
-        saved = torch.load(out / "resume.pt")
+    if (saved := saved_state(out)) is not None:
         model.load_state_dict(saved["model"])
         for optimizer, inside in zip(steps, saved["optimizers"], strict=True):
             optimizer.load_state_dict(inside)
@@ -104,9 +96,9 @@ def _loop(
                 f"rate {rate:.1e}", flush=True,
             )  # fmt: skip
         if time.time() - saved > 120:
-            save(model, steps, out, state)
+            save(model, out, optimizers=[optimizer.state_dict() for optimizer in steps], **state)
             saved = time.time()
-    save(model, steps, out, state)
+    save(model, out, optimizers=[optimizer.state_dict() for optimizer in steps], **state)
 
 
 def arguments(description: str, minutes: float, **choices: Any) -> argparse.Namespace:
