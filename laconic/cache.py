@@ -111,6 +111,11 @@ class Request:
         self.figures: dict[int, dict[str, Any]] = {}
         self.memory: dict[str, Any] = {}
 
+    @property
+    def reads(self) -> bool:
+        """Whether the running forward reads a text of several tokens, a prompt or a turn: no step, and no draft."""
+        return self.positions is not None and self.positions.shape[1] > 1 and self.branches is None
+
     def take(self, batch: int, count: int, seen: int, device: torch.device) -> torch.Tensor:
         """Positions ``(batch, count)``; without word from the model's caller, the tokens follow what was seen."""
         if self.branches is not None:

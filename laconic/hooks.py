@@ -161,6 +161,14 @@ class Handle:
                 part.remove()
         self._shrinker = self._watch = self._neurons = None
 
+    def refuse_drafts(self, batch: int) -> None:
+        """Raises LaconicError where the recipe cannot check drafts for so many rows, or cannot take rejected ones back."""
+        self.policy.refuse_drafts(batch)
+        if self.entry is not None and self.entry.parks:
+            raise LaconicError(
+                "What is parked is chosen anew with every turn, and a draft is none: leave rest=park or the drafter out."
+            )
+
     def serve(self, cache: KVCache) -> None:
         """Makes this handle's policy serve ``cache``, which is the latest from now on."""
         cache.request.policy = self.policy

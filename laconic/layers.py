@@ -45,7 +45,7 @@ class LayerShrinker:
     def start(self, request: Request) -> None:
         """Serves the forward that begins now, whose positions ``request`` knows; a single token is left alone."""
         self.stop()
-        if request.positions is not None and request.positions.shape[1] > 1:
+        if request.reads:
             self._request = request
             request.merged = None
 

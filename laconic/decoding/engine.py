@@ -144,7 +144,7 @@ class _Run:
         self.text, self.drafter = Text(rows), drafter
         if method is not None:
             method.prepare(handle.model)
-            handle.policy.refuse_drafts(len(rows))
+            handle.refuse_drafts(len(rows))
             limit = self.runner.limit
             fits = limit is None or method.nodes < limit
             method.require(fits, f"{method.nodes} drafted tokens are more than the model's {limit} positions: draft fewer.")

@@ -161,7 +161,7 @@ class Entry:
             return None
         parked = request.memory.get(PARKED)
         kwargs = self._close_gaps(kwargs)
-        if self._fresh and request.positions.shape[1] > 1:
+        if self._fresh and request.reads:
             if self.parks:
                 self._park(kwargs)
             self._choose(kwargs)
@@ -169,7 +169,7 @@ class Entry:
         elif parked is not None:
             parked = parked.and_then(self._ids(), request.positions, by_row(self._positions(kwargs)))
             request.memory[PARKED] = parked
-            if request.positions.shape[1] > 1:
+            if request.reads:
                 kwargs = self._choose_again(kwargs, parked)
         return args, kwargs
 

@@ -44,7 +44,7 @@ class Neurons:
         return cls(chosen[:, union], gate, up, down, part.act_fn, prompt)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """What the part makes of ``x`` (batch, 1, dim) where all other activations are 0."""
+        """What the part makes of ``x`` (batch, n, dim) where all other activations are 0."""
         activations = self.activation(linear(x, *self.gate)) * linear(x, *self.up)
         return linear(activations.masked_fill(~self.chosen[:, None], 0.0), *self.down)
 
@@ -79,7 +79,7 @@ class StepNeurons:
                 return original(x)
             layer = request.layers[number]
             memory = layer.memory
-            if request.positions.shape[1] == 1 and GATHERED in memory:
+            if not request.reads and GATHERED in memory:
                 return memory[GATHERED](x)
             made = original(x)
             if CHOSEN in memory:

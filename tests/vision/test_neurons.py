@@ -11,9 +11,11 @@ import torch
 import vlm
 
 import laconic
+from laconic.decoding import decode
 from laconic.layers import decoder_layers
 from laconic.vision.corematching import core_neurons
 from laconic.vision.neurons import GATHERED, Neurons
+from laconic.vision.see import asked_about, open_picture, read
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "paligemma")
 
@@ -152,3 +154,14 @@ def test_what_cannot_be_computed_is_refused() -> None:
         laconic.get("corematching", neurons=0)
     with pytest.raises(laconic.LaconicError, match="at most 1"):
         laconic.get("corematching", neurons=1.1)
+
+
+def test_a_draft_is_checked_by_the_neurons_that_steps_have() -> None:
+    model, reader = laconic.load("shapes")
+    picture, question = asked_about("scene:5", None)
+    x = read(reader, question, [open_picture(picture)])
+    recipe = "corematching(neurons=0.2):20%"
+    alone = decode(model, x, recipe, max_new_tokens=40)
+    drafted = decode(model, x, f"{recipe} + token_recycling:6", max_new_tokens=40)
+    assert drafted.rows == alone.rows != decode(model, x, "corematching:20%", max_new_tokens=40).rows
+    assert drafted.forwards < alone.forwards

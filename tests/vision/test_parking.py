@@ -7,6 +7,7 @@ import torch
 import vlm
 
 import laconic
+from laconic.decoding import decode
 
 FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", "internvl", "idefics3")
 RECIPE = "mmtok(share=0.01, rest=park):20%"  # whose choice follows the words
@@ -92,3 +93,5 @@ def test_refusals_say_what_to_do() -> None:
         mask = torch.cat([x["attention_mask"], x["attention_mask"]], dim=1)
         with pytest.raises(laconic.LaconicError, match="start a new cache"):
             model(**{**x, "attention_mask": mask}, past_key_values=cache)
+    with pytest.raises(laconic.LaconicError, match="leave rest=park or the drafter out"):
+        decode(model, x, f"{RECIPE} + prompt_lookup", max_new_tokens=4)
