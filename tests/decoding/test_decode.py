@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from laconic import LaconicError, get
+from laconic import LaconicError, get, load
 from laconic.decoding.base import Drafter, DraftMethod
 from laconic.decoding.engine import decode
 from laconic.decoding.runner import Runner
@@ -42,6 +42,20 @@ def test_rows_of_a_batch_accept_different_numbers(name):
 ])  # fmt: skip
 def test_a_sparse_recipe_is_verified_against_its_own_choice(recipe):
     inputs, model = tiny.prompt(1, 60), tiny.shared("llama")
+    alone = decode(model, inputs, recipe, max_new_tokens=40)
+    drafted = decode(model, inputs, f"{recipe} + token_recycling:8", max_new_tokens=40)
+    assert drafted.rows == alone.rows
+    assert drafted.forwards < alone.forwards
+
+
+@pytest.mark.parametrize("recipe", [
+    "razor_attention(once=true):30%", "adakv(snapkv(once=true)):20%", "duo_attention(once=true):40%", "tova(once=true):10%",
+])  # fmt: skip
+def test_drafting_over_heads_that_keep_different_tokens(recipe):
+    """Ragged caches, and the entry that stands for dropped tokens, count for every node of a tree."""
+    model, _ = load("needle")
+    ids = torch.randint(5, model.config.vocab_size, (1, 300), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     alone = decode(model, inputs, recipe, max_new_tokens=40)
     drafted = decode(model, inputs, f"{recipe} + token_recycling:8", max_new_tokens=40)
     assert drafted.rows == alone.rows
