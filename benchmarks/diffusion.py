@@ -3,7 +3,9 @@
 Every method answers the same held-out questions of `laconic.models.templates`. Prints one JSON object: per method right answers
 (exact match), forwards and computed token rows per question, needed tokens per forward, and its processor time relative to the
 first method of its model, which commits one token per step. One thread; processor time, so that other work on the machine
-does not count. Of each model also the loss on text that no model was trained on, in nats per token: of the masks, averaged over
+does not count. `oracle` knows that method's answer and commits all that agrees with it: nothing that gives the same text needs
+much fewer forwards, one block after the other. Its time says nothing, and is left out. ``--picture`` draws right answers over
+forwards. Of each model also the loss on text that no model was trained on, in nats per token: of the masks, averaged over
 eight shares of them from 6 % to 94 % (which bounds the likelihood), or of the next token where attention is causal.
 """
 
@@ -15,21 +17,29 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 import laconic
 from laconic.bench.run import machine
+from laconic.decoding.canvas import Run
 from laconic.decoding.diffuse import diffuse
+from laconic.decoding.diffusion import Rule
+from laconic.decoding.full_canvas import FullCanvas
+from laconic.decoding.learn2pd import Oracle
 from laconic.errors import LaconicError
 from laconic.evaluation.haystack import reference_text
 from laconic.models.templates import Question, questions
 
 MASKED = (
-    "full_canvas", "full_canvas(per_step=2)", "full_canvas(per_step=4)", "fast_dllm", "fast_dllm(threshold=0.75)",
-    "fast_dllm(plan=prefix)", "fast_dllm(plan=dual)", "local_leap", "local_leap(plan=dual)", "learn2pd(end=false)",
-    "learn2pd(threshold=0.9, end=false)", "learn2pd", "learn2pd(plan=dual)", "full_canvas(block=256)",
+    "full_canvas", "full_canvas(per_step=2)", "full_canvas(per_step=4)", "oracle", "fast_dllm(threshold=0.5)",
+    "fast_dllm(threshold=0.75)", "fast_dllm", "fast_dllm(threshold=0.97)", "fast_dllm(plan=prefix)", "fast_dllm(plan=dual)",
+    "local_leap", "local_leap(plan=dual)", "learn2pd(threshold=0.5, end=false)", "learn2pd(threshold=0.8, end=false)",
+    "learn2pd(threshold=0.9, end=false)", "learn2pd(end=false)", "learn2pd(threshold=0.99, end=false)", "learn2pd",
+    "learn2pd(plan=dual)", "full_canvas(block=256)",
     "window_diffusion(refresh=1)", "window_diffusion(refresh=8)", "window_diffusion",
     "window_diffusion(refresh=8, active=8, window=16)", "window_diffusion(refresh=8, active=4, window=10)",
 )  # fmt: skip
@@ -37,6 +47,7 @@ CAUSAL = (
     "wedlm(window=1, entropy=0)", "wedlm(entropy=0)", "wedlm(entropy=0.1)", "wedlm", "wedlm(entropy=0.8)",
     "wedlm(window=4, entropy=0.1)", "wedlm(window=4)", "wedlm(window=4, entropy=0.8)", "wedlm(contiguous=true)",
 )  # fmt: skip
+ORACLE = "oracle"
 Answer = Callable[[torch.Tensor], tuple[torch.Tensor, int, int, int]]  # new ids, tokens, forwards, rows
 
 
@@ -50,6 +61,7 @@ def main() -> None:
     parser.add_argument("--canvas", type=int, default=128, help="new tokens that there is room for (default 128)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", help="these only")
+    parser.add_argument("--picture", type=Path, help="file for a picture, SVG")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, losses = [], {}
@@ -68,8 +80,11 @@ def main() -> None:
                 print(f"{method}: {error}", file=sys.stderr)
                 continue
             first = first or row["seconds"]
-            rows.append({"model": name, **row, "method": method, "speedup": first / row["seconds"]})
+            speedup = None if method == ORACLE else first / row["seconds"]
+            rows.append({"model": name, **row, "method": method, "speedup": speedup})
             print(f"{method}: {row['right']:.3f} right, {row['forwards']:.1f} forwards", file=sys.stderr, flush=True)
+    if options.picture:
+        draw([row for row in rows if row["model"] == options.model], options.picture)
     settings = {"samples": options.samples, "canvas": options.canvas, "seed": options.seed}
     print(json.dumps({**settings, "text_loss": losses, "rows": rows, "machine": machine()}, indent=2))
 
@@ -127,10 +142,22 @@ def diffusion(model: Any, method: str, canvas: int) -> Answer:
     """Answers with one of our methods."""
 
     def answer(ids: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-        out = diffuse(model, ids, method, max_new_tokens=canvas)
+        out = diffuse(model, ids, Told() if method == ORACLE else method, max_new_tokens=canvas)
         return out.ids[0], out.lengths[0], out.forwards, out.rows
 
     return answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(FullCanvas):
+    """Commits all that agrees with what `full_canvas` answers, which it asks first."""
+
+    id: ClassVar[str] = "oracle"
+
+    def rule(self, run: Run) -> Rule:
+        slow = Run(run.model, run.ids[:, : run.start], run.length - run.start)
+        FullCanvas().decode(slow)
+        return Oracle(slow.ids, self.block)
 
 
 def autoregressive(model: Any, canvas: int) -> Answer:
@@ -145,6 +172,27 @@ def autoregressive(model: Any, canvas: int) -> Answer:
         return out, len(out), len(out), ids.shape[1] + len(out) - 1
 
     return answer
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Right answers over forwards per question: a line per method over its settings, blocks of one length, no cache."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "laconic", "font.size": 9})
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    shown = [row for row in rows if "plan" not in row["method"] and "block" not in row["method"]]
+    names = list(dict.fromkeys(row["method"].partition("(")[0] for row in shown if "window" not in row["method"]))
+    for i, name in enumerate(names):
+        own = sorted((row["forwards"], 100 * row["right"]) for row in shown if row["method"].partition("(")[0] == name)
+        axis.plot(*zip(*own, strict=True), label=name, marker="os^Dv"[i % 5], markersize=5, linewidth=1)
+    axis.set(xscale="log", xlabel="forwards per question", ylabel="right answers, %", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -1,50 +1,43 @@
 """Train the built-in diffusion models: ``python -m laconic.models.train_mask --data DIR --out DIR [--size mask-causal]``.
 
-`mask` is a Llama in which everything sees everything, and which fills in masks, as in LLaDA (2025). `mask-causal` is one with
-ordinary causal attention, trained on two streams to fill in masks that stand behind all that is known, as in WeDLM (2025); it
-starts from the weights of `mask` (``--start``). Both learn from windows of text and from the questions of
-:mod:`laconic.models.templates`, in turn.
+`mask` is a Llama in which everything sees everything, and which fills in masks. `mask-causal` is one with ordinary causal
+attention, trained on two streams to fill in masks that stand behind all that is known, as in WeDLM (2025). Both start from a
+model that writes from left to right, which already knows how text goes on, as Dream (2025) does; and as there, `mask` says at
+each position what comes next, so that a mask is predicted at the position before it. Both learn from windows of text and from
+the questions of :mod:`laconic.models.templates`, in turn.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from laconic.models import load
 from laconic.models.templates import Documents
-from laconic.models.text_data import LIMIT, Batches
+from laconic.models.text_data import Batches
 from laconic.models.train_text import arguments, train
 
-HIDDEN, MLP, LAYERS, HEADS, KV_HEADS = 192, 512, 6, 6, 3
+RATE = 1.5e-3  # of learning: less than from random weights
 LEAST = 0.05  # the smallest ratio of masks: its inverse is a token's weight
 ROOM = 0.7  # share of the positions of a batch that logits are computed of; batches with more masks than that are rare
 BLOCK = 16  # tokens that mask-causal learns to fill at a time
 KINDS = {"mask": "masked", "mask-causal": "causal"}  # what config.diffusion says
 
 
-def build_model(tokenizer: Any, size: str = "mask", start: Path | None = None) -> Any:
-    """A Llama of standard architecture, with random weights or those of ``start``, whose config says that it fills in masks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HIDDEN // HEADS, max_position_embeddings=LIMIT,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=HIDDEN**-0.5, attn_implementation="sdpa", diffusion=KINDS[size], mask_token_id=tokenizer.mask_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    if start is not None:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(start).state_dict())
-        return model
-    with torch.no_grad():  # tokens must stand out in the residual stream, or looking them up is learned late
-        model.model.embed_tokens.weight.normal_(0.0, 1.0)
-        model.model.norm.weight.fill_(HIDDEN**-0.5)  # logits of the tied head stay small
-    return model
+def build_model(start: str, size: str = "mask") -> tuple[Any, Any]:
+    """The model ``start``, a built-in name or a folder, whose config now says that it fills in masks; and its tokenizer."""
+    model, tokenizer = load(start, dtype="float32")
+    if getattr(model.config, "diffusion", None) is None:
+        words = model.get_input_embeddings().weight
+        with torch.no_grad():  # the row of a token that was never read says nothing
+            words[tokenizer.mask_token_id] = words.mean(0)
+    model.config.update({
+        "diffusion": KINDS[size], "diffusion_shift": size == "mask", "mask_token_id": tokenizer.mask_token_id,
+    })  # fmt: skip
+    return model.train(), tokenizer
 
 
 class Turns:
@@ -63,7 +56,7 @@ class Turns:
         self.turn += 1
         if self.turn % 3 == 0:
             ids = self.text.take(rows * 2, length // 4)
-            return ids, np.ones_like(ids, dtype=bool), np.zeros_like(ids)
+            return ids, np.broadcast_to(np.arange(ids.shape[1]) > 0, ids.shape), np.zeros_like(ids)
         return self.documents.take(rows * 2, length // 4)
 
 
@@ -89,11 +82,13 @@ class Noise(Turns):
 def masked_loss(
     model: Any, noisy: torch.Tensor, begins: torch.Tensor, chosen: torch.Tensor, true: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted cross-entropy in nats of the masked tokens; in a document every position sees every other."""
+    """Weighted cross-entropy in nats of the masked tokens, each predicted at the position before it (``diffusion_shift``) or at
+    its own; in a document every position sees every other."""
     places = torch.arange(noisy.shape[1]) - begins
     seen = (begins[:, :, None] == begins[:, None])[:, None]
     hidden = model.model(input_ids=noisy, position_ids=places, attention_mask=seen, use_cache=False).last_hidden_state
-    each = cross_entropy(model.lm_head(hidden.flatten(0, 1)[chosen]).float(), true, reduction="none")
+    source = chosen - int(model.config.diffusion_shift)  # the first position of a row is never masked
+    each = cross_entropy(model.lm_head(hidden.flatten(0, 1)[source]).float(), true, reduction="none")
     return (each * weight).sum()
 
 
@@ -168,15 +163,16 @@ def two_stream_loss(
 def main() -> None:
     """Command line entry."""
     options = arguments(
-        "Train a built-in diffusion model on CPU.", 35.0,
+        "Train a built-in diffusion model on CPU.", 45.0,
         size={"choices": sorted(KINDS), "default": "mask", "help": "which of the two (default mask)"},
-        start={"type": Path, "help": "folder of a model to start from"},
+        start={"default": "story", "help": "name or folder of the model to start from (default story)"},
     )  # fmt: skip
     feed, loss_of = (Noise, masked_loss) if options.size == "mask" else (TwoStreams, two_stream_loss)
+    model, tokenizer = build_model(options.start, options.size)
+    tokenizer.save_pretrained(options.out)
     train(
-        lambda tokenizer: build_model(tokenizer, options.size, options.start), loss_of, options.data, options.out,
-        options.minutes, options.seed, options.compile, feed=feed,
-    )  # fmt: skip
+        lambda _: model, loss_of, options.data, options.out, options.minutes, options.seed, options.compile, feed=feed, rate=RATE
+    )
 
 
 if __name__ == "__main__":

@@ -24,20 +24,20 @@ RATE = 3e-3
 Loss = Callable[..., torch.Tensor]  # of the model and the tensors of a batch
 
 
-def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+def optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices inside the layers, AdamW for embeddings and norms."""
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in inside}
     outside = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(inside, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outside, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(inside, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outside, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
 def train(
     make: Callable[[Any], torch.nn.Module], loss_of: Loss, data: Path, out: Path, minutes: float, seed: int, fuse: bool,
-    feed: Callable[[Any, np.ndarray, int], Any] | None = None,
+    feed: Callable[[Any, np.ndarray, int], Any] | None = None, rate: float = RATE,
 ) -> None:  # fmt: skip
     """Trains for ``minutes`` of wall clock, counted over all resumed runs.
 
@@ -46,12 +46,13 @@ def train(
         loss_of: the loss of a model on ids ``(rows, length)``, or on what ``feed`` gives; runs under bf16 autocast.
         fuse: compile the loss, a fifth faster where a C++ compiler is at hand.
         feed: makes of tokenizer, text and seed something whose ``take(rows, length)`` gives arrays; else windows of the text.
+        rate: the highest learning rate.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     tokenizer, corpus = prepare(data, out)
     model = make(tokenizer)
-    steps = optimizers(model)
+    steps = optimizers(model, rate)
     state = {"step": 0, "elapsed": 0.0}
     if (saved := saved_state(out)) is not None:
         model.load_state_dict(saved["model"])
@@ -62,18 +63,18 @@ def train(
     computed = torch.compile(loss_of, dynamic=False) if fuse else loss_of
     seed += state["step"]
     batches = Batches(corpus, seed) if feed is None else feed(tokenizer, corpus, seed)
-    _loop(model, steps, computed, batches, state, out, minutes)
+    _loop(model, steps, computed, batches, state, out, minutes, rate)
 
 
 def _loop(
     model: torch.nn.Module, steps: list[torch.optim.Optimizer], loss_of: Loss, batches: Any, state: dict[str, Any], out: Path,
-    minutes: float,
+    minutes: float, highest: float,
 ) -> None:  # fmt: skip
     begun, before, saved = time.time(), state["elapsed"], time.time()
     recent: list[float] = []
     while state["elapsed"] < minutes * 60:
         share = state["elapsed"] / (minutes * 60)
-        rate = RATE * min(1.0, (state["step"] + 1) / WARMUP, max(0.02, (1 - share) / COOLING))
+        rate = highest * min(1.0, (state["step"] + 1) / WARMUP, max(0.02, (1 - share) / COOLING))
         for optimizer in steps:
             for group in optimizer.param_groups:
                 group["lr"] = rate

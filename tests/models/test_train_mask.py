@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from laconic.decoding.canvas import Run
-from laconic.models import train_mask
+from laconic.models import load
 from laconic.models.templates import WORDS
 from laconic.models.text_data import train_tokenizer
 from laconic.models.train_mask import BLOCK, LEAST, Noise, TwoStreams, build_model, masked_loss, two_stream_loss, two_stream_mask
@@ -20,17 +21,22 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def small(tokenizer):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"HIDDEN": 24, "MLP": 32, "LAYERS": 2, "HEADS": 2, "KV_HEADS": 1}.items():
-            patch.setattr(train_mask, name, value)
-        torch.manual_seed(0)
-        models = [build_model(tokenizer, size) for size in ("mask", "mask-causal")]
-    for model in models:
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.data.mul_(8)
-    return models
+def writer(tokenizer, tmp_path_factory):
+    """A folder with a small Llama that writes from left to right."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=12, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("writer")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(writer):
+    return [build_model(writer, size)[0] for size in ("mask", "mask-causal")]
 
 
 def corpus(tokenizer):
@@ -44,14 +50,18 @@ def test_the_config_says_what_the_model_is(small, tokenizer, tmp_path):
         assert (config.diffusion, config.mask_token_id) == (kind, tokenizer.mask_token_id)
 
 
-def test_a_model_can_start_from_another(small, tokenizer, tmp_path, monkeypatch):
-    for name, value in {"HIDDEN": 24, "MLP": 32, "LAYERS": 2, "HEADS": 2, "KV_HEADS": 1}.items():
-        monkeypatch.setattr(train_mask, name, value)
+def test_training_starts_from_a_model_that_writes(small, writer, tokenizer, tmp_path):
+    first = load(writer)[0]
+    others = torch.arange(len(tokenizer)) != tokenizer.mask_token_id
+    for model in small:
+        for (name, ours), theirs in zip(model.named_parameters(), first.parameters(), strict=True):
+            rows = others if "embed" in name else slice(None)
+            assert torch.equal(ours[rows], theirs[rows])
     small[0].save_pretrained(tmp_path)
-    started = build_model(tokenizer, "mask-causal", tmp_path)
-    assert started.config.diffusion == "causal"
-    for ours, theirs in zip(started.parameters(), small[0].parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    tokenizer.save_pretrained(tmp_path)
+    again = build_model(tmp_path, "mask-causal")[0]  # a mask that was learned stays
+    assert torch.equal(again.get_input_embeddings().weight, small[0].get_input_embeddings().weight)
+    assert (again.config.diffusion, again.config.diffusion_shift) == ("causal", False)
 
 
 def test_masks_weigh_the_inverse_of_their_ratio(tokenizer):
@@ -68,8 +78,7 @@ def test_masks_weigh_the_inverse_of_their_ratio(tokenizer):
         for row, marks in zip(weight, masked, strict=True):
             assert len(set(row[marks])) <= 1, "one ratio per row"
         assert begins.shape == noisy.shape and bool(begins.any()) == (turn % 3 < 2)
-        if turn % 3 < 2:
-            assert not masked[:, 0].any(), "questions are never masked"
+        assert not masked[:, 0].any(), "nothing stands before the first position that could predict it"
     totals = [feed.take(4, 256)[4].sum() for _ in range(60)]
     assert abs(np.mean(totals) - 1) < 0.1, "a maskable token weighs 1 / their number in the mean"
 
@@ -84,13 +93,13 @@ def test_the_loss_is_a_weighted_cross_entropy_with_full_attention_in_a_document(
     with torch.no_grad():
         first = model(input_ids=noisy[:1], attention_mask=torch.zeros(1, 1, 12, 12)).logits.log_softmax(-1)
         second = model(input_ids=noisy[1:, 5:], attention_mask=torch.zeros(1, 1, 7, 7)).logits.log_softmax(-1)
-        expected = -0.5 * first[0, 3, ids[0, 3]] - 2.0 * second[0, 2, ids[1, 7]]
+        expected = -0.5 * first[0, 2, ids[0, 3]] - 2.0 * second[0, 1, ids[1, 7]]  # said one position before
         torch.testing.assert_close(masked_loss(model, noisy, begins, chosen, ids.flatten()[chosen], weight), expected)
 
 
 def test_the_two_streams_are_the_same_tokens_in_another_order(tokenizer):
     feed = TwoStreams(tokenizer, corpus(tokenizer), 1)
-    for turn in range(6):
+    for _ in range(6):
         stream, places, true, weight, free, seen = feed.take(2, 256)
         rows, length = true.shape
         ids, second = stream[:, :length], stream[:, length:]
@@ -111,8 +120,7 @@ def test_the_two_streams_are_the_same_tokens_in_another_order(tokenizer):
             later = seen[row, 0, length:, length:]
             assert not np.triu(later, 1).any() and later.diagonal().all()
             assert not (later & hidden[row][None] & ~hidden[row][:, None]).any(), "what is known does not see masks"
-        if turn % 3 < 2:
-            assert not free[:, 0].any()
+        assert not free[:, 0].any()
 
 
 def test_who_sees_whom():
