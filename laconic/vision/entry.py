@@ -183,6 +183,8 @@ class Entry:
         """What the methods leave of every picture of the prompt: ``pictures`` and ``reductions``."""
         self.pictures = self._open(self._ids(), kwargs)
         self.reductions = [self._reduce(picture) for picture in self.pictures]
+        for picture, reduction in zip(self.pictures, self.reductions, strict=True):
+            picture.given = len(reduction.kept)
         if PARKED in self._request.memory:
             kept = [reduction.kept for reduction in self.reductions]
             self._request.memory[PARKED] = replace(self._request.memory[PARKED], kept=kept)
