@@ -35,11 +35,14 @@ class WindowMerge(VisionMethod):
     window: int = parameter(3, "side of a window in tokens", least=2, search=(2,))
 
     def reduce(self, picture: Picture, k: int) -> Reduction:
-        cells, index = picture.cells, picture.layout.index.to(picture.features.device)
-        taker = picture.recorded(INTO.kind, INTO.layer)
-        taker = (taker + torch.arange(len(taker), device=taker.device)[:, None] * taker.shape[1]).flatten()
-        token = torch.full_like(taker, -1).index_copy(0, index[cells], cells)  # -1: cut off with the padding
-        into = torch.full((len(index),), -1, device=taker.device).index_copy(0, cells, token[taker[index[cells]]])
+        cells, layout = picture.cells, picture.layout
+        taker = picture.of_patches(picture.recorded(INTO.kind, INTO.layer), "mean").round().long()  # of each token, in its crop
+        index, widths = (t.to(taker.device) for t in (layout.index, torch.tensor([width for _, width in layout.shapes])))
+        row, column, crop = (t[cells].to(taker.device) for t in (layout.row, layout.column, layout.crop))
+        begins = index[cells] - row * widths[crop] - column
+        token = torch.full((sum(h * w for h, w in layout.shapes),), -1, device=taker.device)  # -1: cut off with the padding
+        token[index[cells]] = cells.to(taker.device)
+        into = torch.full((len(layout),), -1, device=taker.device).index_copy(0, cells, token[begins + taker[cells]])
         sizes = torch.bincount(into[into >= 0], minlength=len(into))
         kept = cells[sizes[cells].argsort(descending=True, stable=True)[:k]].sort().values
         into[~torch.isin(into, kept)] = -1
