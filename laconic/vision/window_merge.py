@@ -21,10 +21,11 @@ class WindowMerge(VisionMethod):
 
     A window is as alike as the mean cosine of its patches with each other, and becomes their mean, in the place of its middle
     one. The source merges windows above 0.8; here the most alike ones merge until the budget is met, of which the last may merge
-    in part; below a ninth of the patches windows get larger. Of a picture that comes in several crops each crop keeps its share
-    in the encoder; what cut-off padding then makes too few is filled up by members, and too many leave, small windows first. It
-    is the first stage of MustDrop: ``window_merge:50% + mustdrop:20%``. There the merged patches stand in front of the others;
-    here everything stays where it was.
+    in part, so that a budget below what the threshold would leave mixes things with the ground around them. Below a ninth of the
+    patches windows get larger. Of a picture that comes in several crops each crop keeps its share in the encoder; what cut-off
+    padding then makes too few is filled up by members, and too many leave, small windows first. It is the first stage of
+    MustDrop: ``window_merge:50% + mustdrop:20%``. There the merged patches stand in front of the others; here everything stays
+    where it was.
     """
 
     id: ClassVar[str] = "window_merge"
