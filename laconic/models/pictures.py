@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from laconic.errors import LaconicError
 from laconic.vision.encoder import Trace
 from laconic.vision.picture import SEPARATOR, Layout, grid
+from laconic.vision.sheets import Packed
 
 UNMATCHED = "The prompt's picture tokens do not match the pictures: let the model's processor make the inputs."
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
@@ -196,17 +198,27 @@ def _look_native(eyes: Eyes, token: int, features: list[torch.Tensor], thw: torc
         layouts.append(grid(height // merge, width // merge, frames))
         windows.append((at, at + frames * height * width))
         at += frames * height * width
-    orders = [torch.arange(len(layout)) for layout in layouts]
-    if getattr(eyes.tower, "window_size", None):
-        from transformers.vision_utils import get_vision_window_index
-
-        index, _ = get_vision_window_index(thw, merge, eyes.tower.window_size, eyes.tower.patch_size)
-        place = torch.argsort(index.cpu())
-        begin = 0
-        for i, layout in enumerate(layouts):  # windows of one picture stay together
-            orders[i] = place[begin : begin + len(layout)] - begin
-            begin += len(layout)
+    orders = cell_orders(eyes.tower, thw, [len(layout) for layout in layouts])
     return Seen(token, features, layouts, [0] * len(layouts), windows, orders)
+
+
+def cell_orders(tower: torch.nn.Module, thw: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Where in its part of a Qwen-VL encoder's row each cell lies, for parts of ``sizes`` cells: int64 ``(cells,)`` each, row by
+    row. A part is a picture, a video or one frame of it."""
+    if not getattr(tower, "window_size", None):
+        return [torch.arange(size) for size in sizes]
+    from transformers.vision_utils import get_vision_window_index
+
+    index, _ = get_vision_window_index(thw, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+    parts = torch.argsort(index.cpu()).split(list(sizes))  # windows of one frame stay together
+    return [part - begin for part, begin in zip(parts, [0, *itertools.accumulate(sizes)], strict=False)]
+
+
+def packed(tower: torch.nn.Module, thw: torch.Tensor) -> Packed:
+    """How a Qwen-VL encoder holds pictures of these sizes (pictures, 3), in patches: frames, rows, columns."""
+    merge = tower.spatial_merge_size
+    grids = [(height // merge, width // merge) for frames, height, width in thw.tolist() for _ in range(frames)]
+    return Packed(grids, cell_orders(tower, thw, [height * width for height, width in grids]), merge**2)
 
 
 def _look_packed(eyes: Eyes, features: list[torch.Tensor], arguments: dict[str, Any]) -> Seen:

@@ -23,7 +23,7 @@ from laconic.vision.watch import rows_at
 ROWS = 64  # words whose attention is held at a time
 KINDS = "cmai.kinds"  # of the request, int64 (batch, positions): as ``Request.pictures``, of all forwards so far
 COLUMNS = "cmai.columns"  # of a layer, int64 (batch, i): positions of the picture tokens it was given, -1 for none
-INTEREST = "cmai.interest"  # of a layer, float32 (batch, words, i): attention of each word so far to each of these
+INTEREST = "cmai.interest"  # of a layer, float32 (batch, words, i): attention of each word so far to each of these; 0 if unknown
 
 
 @register
@@ -37,7 +37,7 @@ class CMAI(AttentionMethod):
     token stays. It holds for the words of the prompt and for each that is written, from the share ``since`` of the layers on.
     Words are what is neither picture nor separator, special tokens among them. This saves nothing: the words of a prompt cost
     their attention once more, a step reads the keys twice, and each of these layers remembers 4 bytes for every word and picture
-    token. The source publishes no code, and trains with it: this is our reading, of a model
+    token, which a step copies. The source publishes no code, and trains with it: this is our reading, of a model
     that was not trained with it. Its other half is ``vmtc_cmai``.
     """
 
@@ -107,6 +107,7 @@ class CMAI(AttentionMethod):
         )
         return output[:, :, None]
 
+    @torch.no_grad()  # a choice has no gradient, and what is remembered of one forward must not hold on to its graph
     def _inhibited(self, layer: KVLayer, row: int, own: torch.Tensor, weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Entries that words at positions ``own`` (r,) of a row do not attend to, boolean ``(kv_heads, r, n)``; remembers what
         the words look at.
@@ -155,12 +156,12 @@ def find_pictures(layer: KVLayer) -> bool:
     if columns is None or not columns.shape[1]:
         return False
     memory[COLUMNS] = Lasting(columns)
-    known, words = memory.get(INTEREST), int((kinds_so_far(request) == WORD).sum(-1).max())
-    if known is None or known.tensor.shape[1] < words or known.tensor.shape[2] < columns.shape[1]:
-        room = torch.zeros(len(columns), words + words // 2 + 64, columns.shape[1], device=columns.device)
-        if known is not None:
-            room[:, : known.tensor.shape[1], : known.tensor.shape[2]] = known.tensor
-        memory[INTEREST] = Lasting(room)
+    words = int((kinds_so_far(request) == WORD).sum(-1).max())
+    interest = torch.zeros(len(columns), words, columns.shape[1], device=columns.device)
+    if INTEREST in memory:
+        known = memory[INTEREST].tensor[:, :words]
+        interest[:, : known.shape[1], : known.shape[2]] = known
+    memory[INTEREST] = Lasting(interest)  # this forward writes into it: whoever holds the one before keeps what it was
     return True
 
 

@@ -60,7 +60,7 @@ class CoreMatching(InsideMethod):
         """Whether steps compute a part of the neurons (see ``StepNeurons``)."""
         return self.neurons < 1
 
-    def stays(self, n: int, layers: int) -> dict[int, int]:
+    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
         return {self.last(layers): self.budget.tokens(n)}
 
     def last(self, layers: int) -> int:

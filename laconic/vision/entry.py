@@ -14,14 +14,25 @@ from laconic.cache import OTHER, WORD, KVCache, Request
 from laconic.errors import LaconicError
 from laconic.layers import change_tensors, take_rows
 from laconic.method import Method
-from laconic.models.pictures import Seen, cell_side, feature_block, find_eyes, look, look_at_videos, not_understood, spans
+from laconic.models.pictures import (
+    Seen,
+    cell_side,
+    feature_block,
+    find_eyes,
+    look,
+    look_at_videos,
+    not_understood,
+    packed,
+    spans,
+)  # fmt: skip
 from laconic.vision.base import Reduction, VisionMethod
 from laconic.vision.encoder import NAME, Trace, find_blocks, vision_attention
 from laconic.vision.first_layer import FirstLayer
 from laconic.vision.gaps import GAPS, Gaps
 from laconic.vision.parking import PARKED, Parked, by_axis, by_row
 from laconic.vision.picture import Picture
-from laconic.vision.thinning import Shortening
+from laconic.vision.sheets import Stack
+from laconic.vision.thinning import Shortening, whole_blocks
 
 LOOKS = {"get_image_features": look, "get_video_features": look_at_videos}  # what runs the encoder, and how to read it
 
@@ -119,8 +130,10 @@ class Entry:
         self._trace = trace = Trace(self.eyes.tower, self._wants, thinned=self._thinner is not None)
         try:
             if self._thinner is not None:
-                thinning = self._thin(video=looks is look_at_videos)
+                thinning = self._thin({**self._arguments, **given}, video=looks is look_at_videos)
             output = run()
+            if thinning is not None:
+                thinning.tell()
         finally:
             self._trace = None
             trace.stop()
@@ -135,21 +148,22 @@ class Entry:
 
     def _check_thinning(self, methods: tuple[Method, ...]) -> None:
         name, other = self._thinner.id, next((m.id for m in methods if m.wants(self._depth)), None)
-        if hasattr(self.eyes.tower, "spatial_merge_size"):
+        kinds, even = {want.kind for want in self._wants}, self._thinner.thins.even
+        if not even and min(whole_blocks(self.eyes.tower), default=self._depth) >= feature_block(self.eyes, self._depth):
             raise LaconicError(
-                f"The vision encoder works on one row of all patches, from which {name} cannot take any: use hiprune or divprune."
+                f"No block of the vision encoder but its last sees whole pictures, as {name} asks for: use hiprune or divprune."
             )
-        kinds = {want.kind for want in self._wants}
-        if other is not None and not (self._thinner.thins.even and kinds <= {"cls", "received", "salience"}):
+        if other is not None and not (even and kinds <= {"cls", "received", "salience"}):
             raise LaconicError(
                 f"{other} asks for attention to all patches, of which {name} takes some away: keep one of the two."
             )
 
-    def _thin(self, video: bool) -> Shortening:
+    def _thin(self, given: dict[str, Any], video: bool) -> Shortening:
         """Lets the method that thins the encoder do so."""
-        last, budget = feature_block(self.eyes, self._depth), self._thinner.budget
-        side = cell_side(self.eyes, video)
-        return self._thinner.thins(self.eyes.tower, self._thinner, self._trace, side, last, budget.tokens)
+        last, tower, method = feature_block(self.eyes, self._depth), self.eyes.tower, self._thinner
+        thw = given.get("video_grid_thw" if video else "image_grid_thw")
+        sheet = Stack(cell_side(self.eyes, video), int(self._trace.has_class)) if thw is None else packed(tower, thw)
+        return method.thins(tower, method, self._trace, sheet, last, method.budget.tokens)
 
     def _remember(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._trace is not None and self._encoded is None:
@@ -183,6 +197,8 @@ class Entry:
         """What the methods leave of every picture of the prompt: ``pictures`` and ``reductions``."""
         self.pictures = self._open(self._ids(), kwargs)
         self.reductions = [self._reduce(picture) for picture in self.pictures]
+        for picture, reduction in zip(self.pictures, self.reductions, strict=True):
+            picture.given = len(reduction.kept)
         if PARKED in self._request.memory:
             kept = [reduction.kept for reduction in self.reductions]
             self._request.memory[PARKED] = replace(self._request.memory[PARKED], kept=kept)

@@ -24,7 +24,8 @@ class FlowCut(VisionMethod):
     token's, times the length of its value; the worth runs on from block to block. Every second block some leave: more of them the
     more the attention is gathered in a few patches. Of a picture that comes in several crops each crop keeps its share in the
     encoder, and the budget is then met by the same worth. The source's further drop inside the language model, for such
-    pictures, is left out: ``flowcut:50% + fastv:10%`` has one of that kind. The released code lets as many patches leave every
+    pictures, is left out: ``flowcut:50% + fastv:10%`` has one of that kind. Blocks whose patches see a window of the picture only
+    (Qwen2.5-VL) are neither measured nor counted. The released code lets as many patches leave every
     crop that the encoder sees together as leave the one that loses most: ``faithful_code`` does so too.
     """
 

@@ -26,8 +26,9 @@ from laconic.vision.select import top
 class InsideMethod(AttentionMethod):
     """Drops picture tokens on their way up: layers after the drop neither compute nor hold them; those before hold all.
 
-    The budget is a share or a number of each picture's tokens. A subclass writes ``stays``, how many are left after which
-    layers, and ``worth``; and ``reduce`` where tokens that stay take others in. Words and separators always go on.
+    The budget is a share or a number of each picture's tokens, those among them that never reach the first layer. A subclass
+    writes ``stays``, how many are left after which layers, and ``worth``; and ``reduce`` where tokens that stay take others in.
+    Words and separators always go on.
     """
 
     stage: ClassVar[str] = "vision"
@@ -43,8 +44,9 @@ class InsideMethod(AttentionMethod):
         """What the attention of a vision encoder of ``depth`` blocks is asked for."""
         return set()
 
-    def stays(self, n: int, layers: int) -> dict[int, int]:
-        """After which layers, counted from 0, how many of a picture's ``n`` tokens are left."""
+    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
+        """After which layers, counted from 0, how many of a picture's ``n`` tokens are left, of which the first layer is
+        ``given`` so many."""
         raise NotImplementedError
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
@@ -61,7 +63,7 @@ class InsideMethod(AttentionMethod):
             return
         stays = worth = None
         for picture in pictures_in(layer):
-            left = self.stays(picture.size, layer.layers)
+            left = self.stays(picture.size, layer.layers, picture.given)
             if layer.index not in left:
                 continue
             if worth is None:
@@ -89,12 +91,12 @@ class InsideMethod(AttentionMethod):
 @dataclass(frozen=True, kw_only=True)
 class StagedMethod(InsideMethod):
     """Base of methods that keep the same share of a picture at the end of every stage of layers. The budget is the mean over the
-    layers; the share follows from it (see ``falling``)."""
+    layers; the share follows from it, and from what a method before the first layer has left (see ``falling``)."""
 
     stages: int = parameter(4, "groups of layers that see the same tokens", least=2, search=(3, 6))
 
-    def stays(self, n: int, layers: int) -> dict[int, int]:
-        return falling(self.budget, n, layers, self.stages)
+    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
+        return falling(self.budget, n, layers, self.stages, given)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Entries:
     Attributes:
         number: of the picture in the forward (``Request.looked``); row: of the batch.
         slots: int64 ``(c,)`` ascending, of its entries in the layer.
-        places: int64 ``(c,)``: which of the picture's competing tokens they are. size: how many it had before the first layer.
+        places: int64 ``(c,)``: which of the picture's competing tokens they are.
+        size: how many it has; given: how many of them the first layer is given.
     """
 
     number: int
@@ -112,6 +115,7 @@ class Entries:
     slots: torch.Tensor
     places: torch.Tensor
     size: int
+    given: int
 
 
 def pictures_in(layer: KVLayer) -> Iterator[Entries]:
@@ -126,7 +130,8 @@ def pictures_in(layer: KVLayer) -> Iterator[Entries]:
         positions = own[row].nonzero()[:, 0]
         slots = torch.isin(held[row], positions).nonzero()[:, 0]
         if len(slots):
-            yield Entries(number, row, slots, torch.searchsorted(positions, held[row, slots]), len(positions))
+            places = torch.searchsorted(positions, held[row, slots])
+            yield Entries(number, row, slots, places, len(positions), layer.request.looked[number].given)
 
 
 def everything(layer: KVLayer) -> torch.Tensor:

@@ -80,6 +80,7 @@ class Picture:
         from_words: float32 ``(n,)``, attention that each token gets from the words behind the picture in the language model's
             first layer, before anything is dropped: the mean over heads and words. None where no method ``reads_first_layer``,
             and where no word stands behind it.
+        given: how many of the tokens that compete go into the language model's first layer; None before that is known.
         order: where the encoder has its patches in another order than the layout's cells, the place of each cell's patches.
     """
 
@@ -97,6 +98,7 @@ class Picture:
     projector: Any = None
     model: Any = None
     from_words: torch.Tensor | None = None
+    given: int | None = None
 
     @functools.cached_property
     def cells(self) -> torch.Tensor:

@@ -39,7 +39,7 @@ class RandomDrop(InsideMethod):
         super().check()
         self.require(0 < self.at < 1, "at is a share of the layers: give more than 0 and less than 1.")
 
-    def stays(self, n: int, layers: int) -> dict[int, int]:
+    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
         return {layer_at(self.at, layers): self.budget.tokens(n)}
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:

@@ -9,17 +9,17 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from laconic.layers import take_rows
 from laconic.primitives.merge import Merge
 from laconic.vision.encoder import Trace, Want, find_blocks
+from laconic.vision.sheets import Sheet
 
 LEFT = Want("flow", -1)  # what a thinned encoder says of its patches: their running worth, those that left behind all others
-INTO = Want("into", -1)  # what a merging one says of its cells, int64 (pictures, cells): the one that took each in, or itself
+INTO = Want("into", -1)  # what a merging one says of its patches: number of the cell that took in theirs, counted row by row
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What one block's attention says of the patches that are still there, float32 ``(pictures, patches)`` each, 0 for padding.
+    """What one call of a block's attention says of the patches that it sees, float32 ``(pictures, n)`` each, 0 for padding.
 
     ``attention``: from the class token, or the mean query without one: a softmax over all tokens, mean over heads. ``likeness``:
     the same of the class token's value (or the mean value) and the values. ``strength``: sum of the absolute values of the value
@@ -49,19 +49,18 @@ class Thinner(Protocol):
 class Shortening:
     """Hooks on the encoder's blocks while it runs. What left keeps the state that it had, so the encoder's output has all rows.
 
-    ``side``: patches along one side of a token's cell; cells leave whole. ``last``: the block whose output are the features: it
+    ``sheet``: how the blocks hold the patches, and which are still there. ``last``: the block whose output are the features: it
     runs on what stays in the end. ``target(cells)``: how many of a picture's cells stay. A subclass writes ``change``.
     """
 
     even: ClassVar[bool] = False  # whether all pictures always have equally many, so that scores can be taken of what is there
 
     def __init__(
-        self, tower: torch.nn.Module, method: Any, trace: Trace, side: int, last: int, target: Callable[[int], int]
+        self, tower: torch.nn.Module, method: Any, trace: Trace, sheet: Sheet, last: int, target: Callable[[int], int]
     ) -> None:
-        self.method, self.trace, self.side, self.last, self.target = method, trace, side, last, target
-        self.alive: torch.Tensor | None = None  # boolean (pictures, patches)
+        self.method, self.trace, self.sheet, self.last, self.target = method, trace, sheet, last, target
+        self.measured = [number for number in whole_blocks(tower) if number < last]
         self._full: torch.Tensor | None = None
-        self._order: torch.Tensor | None = None
         self._number = 0  # of the running block
         self._hooks: list[Any] = []
         self._modules: list[torch.nn.Module] = []
@@ -79,9 +78,13 @@ class Shortening:
         for module in self._modules:
             module.__dict__.pop("_laconic_thinning", None)
 
+    def tell(self) -> None:
+        """The encoder is through: leaves in the trace what blocks were asked for, as figures of all patches."""
+        self.trace.found = {want: self.sheet.joined(pieces) for want, pieces in self.trace.found.items()}
+
     def change(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        """What the block ``number`` hands on of ``hidden`` (pictures, n, dim), the states of all tokens, those that left among
-        them; says by ``alive`` which patches go on. Not called after the last block."""
+        """What the block ``number`` hands on of ``hidden``, the states of all tokens, those that left among them; tells the sheet
+        which patches go on. Not called after the last block."""
         raise NotImplementedError
 
     def see(
@@ -89,105 +92,56 @@ class Shortening:
     ) -> torch.Tensor | None:
         """Looks at a block's queries, keys and values ``(pictures, heads, n, d)``, and gives the ``mask`` of its attention
         without what only fills up short rows."""
-        there = self._there(query)
+        there = self.sheet.there(query)
         if bool(there.all()):
             return mask
         there = there[:, None, None]
         return there if mask is None else mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, float("-inf"))
 
-    def _there(self, query: torch.Tensor) -> torch.Tensor:
-        """Which rows of the block's input are tokens, not padding: boolean ``(pictures, n)``."""
-        if self._order is None:
-            return torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-        return self._order >= 0
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Figures of the patches that one call of a block's attention saw, as the trace keeps them."""
+        return self.sheet.spread(values)
 
     def _before(
         self, number: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self._full, self._number = hidden, number
-        if self.alive is None:
-            self.alive = torch.ones(len(hidden), hidden.shape[1] - int(self.trace.has_class), dtype=torch.bool)
-            self.alive = self.alive.to(hidden.device)
-        if self._order is None:
-            return None
-        index = self._order.clamp(min=0)
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        short = take_rows(hidden, index, *hidden.shape[:2])
-        if mask is None:
-            return ((short, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": short})
-        mask = mask.expand(len(hidden), -1, -1, -1).gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        return (short,), {**{k: v for k, v in kwargs.items() if k != "hidden_states"}, "attention_mask": mask}
+        self._full, self._number = args[0] if args else kwargs["hidden_states"], number
+        self.sheet.begin(self._full)
+        return self.sheet.take(self._full, args, kwargs)
 
     def _after(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        if self._order is not None:
-            row, at = (self._order >= 0).nonzero(as_tuple=True)
-            whole = self._full.clone()
-            whole[row, self._order[row, at]] = hidden[row, at]
-            hidden = whole
+        hidden = self.sheet.put_back(self._full, output[0] if isinstance(output, tuple) else output)
         if self._number < self.last:
             hidden = self.change(hidden, self._number)
-            if not bool(self.alive.all()):
-                self._order = self._rows()
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _rows(self) -> torch.Tensor:
-        """Rows of the tokens that are still there, padded with -1 behind: int64 ``(pictures, n)``."""
-        first = int(self.trace.has_class)
-        tokens = torch.nn.functional.pad(self.alive, (first, 0), value=True)
-        order = (~tokens).to(torch.int8).argsort(dim=-1, stable=True)[:, : int(tokens.sum(-1).max())]
-        return order.masked_fill(~tokens.gather(1, order), -1)
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the patches that a block saw as values of all patches, 0 for those that left."""
-        if self._order is None:
-            return values
-        first = int(self.trace.has_class)
-        there = self._order[:, first:] >= 0
-        row, at = there.nonzero(as_tuple=True)
-        whole = values.new_zeros(self.alive.shape)
-        whole[row, self._order[:, first:][row, at] - first] = values[row, at]
-        return whole
-
-    def _cells(self, patches: torch.Tensor) -> torch.Tensor:
-        """The sum over the patches of each cell, ``(pictures, cells)``."""
-        if self.side == 1:
-            return patches
-        side = round(patches.shape[1] ** 0.5)
-        return patches.view(len(patches), side // self.side, self.side, side // self.side, self.side).sum((2, 4)).flatten(1)
-
-    def _on_grid(self, cells: torch.Tensor) -> torch.Tensor:
-        """Values of the cells as values of all of their patches."""
-        if self.side == 1:
-            return cells
-        side = round(cells.shape[1] ** 0.5)
-        grid = cells.view(len(cells), side, 1, side, 1).expand(-1, -1, self.side, -1, self.side)
-        return grid.reshape(len(cells), -1)
+def whole_blocks(tower: torch.nn.Module) -> list[int]:
+    """The encoder's blocks whose patches see all of their picture, not only a window of it."""
+    return list(getattr(tower, "fullatt_block_indexes", range(len(find_blocks(tower)))))
 
 
 class Thinning(Shortening):
-    """Patches leave step by step, by what a method makes of the flow through every block."""
+    """Patches leave step by step, by what a method makes of the flow through every block that sees whole pictures."""
 
     method: Thinner
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.worth: torch.Tensor | None = None  # float (pictures, patches), of the patches or of their whole cells
-        self._flow: Flow | None = None
+        self.worth: torch.Tensor | None = None  # float (pictures, patches), of the patches' whole cells
+        self._flows: list[Flow] = []  # of the running block, one for each call of its attention
 
-    def stop(self) -> None:
+    def tell(self) -> None:
         """Leaves in the trace what the patches were worth, too."""
-        super().stop()
-        if self.worth is not None:
-            self.trace.found[LEFT] = [self.worth.masked_fill(~self.alive, 0.0) + self.worth.amax() * self.alive]
+        super().tell()
+        alive = self.sheet.alive
+        self.trace.found[LEFT] = [self.sheet.flat(self.worth.masked_fill(~alive, 0.0) + self.worth.amax() * alive)]
 
     def see(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor | None:
-        if self._number < self.last:  # nothing leaves later
-            self._flow = self._measure(query, key, value, scale, self._there(query))
+        if self._number in self.measured:  # nothing leaves elsewhere
+            self._flows.append(self._measure(query, key, value, scale, self.sheet.there(query)))
         return super().see(query, key, value, mask, scale)
 
     def _measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, there: torch.Tensor) -> Flow:
@@ -201,20 +155,27 @@ class Thinning(Shortening):
         return Flow(*shares, strength)
 
     def change(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        worth = self._on_grid(self._cells(self.spread(self.method.patch_worth(self._flow))))
-        self.worth = worth if self.worth is None else torch.where(self.alive, self.method.running(self.worth, worth), self.worth)
-        attention = self._cells(self.spread(self._flow.attention))
-        alive, score = self._cells(self.alive.float()) > 0, self._cells(self.worth)
-        target, blocks = self.target(alive.shape[1]), self.last - 1 - number
-        there = [row.nonzero()[:, 0] for row in alive]
-        gone = [self.method.leaving(len(here), target, blocks, seen[here]) for here, seen in zip(there, attention, strict=True)]
+        if number not in self.measured:
+            return hidden
+        sheet, alive = self.sheet, self.sheet.alive.clone()
+        worth = sheet.gathered([self.method.patch_worth(flow) for flow in self._flows])
+        attention = sheet.gathered([flow.attention for flow in self._flows])
+        self._flows = []
+        worth = torch.stack([sheet.of_cells(i, sheet.cell_sums(i, part)) for i, part in enumerate(worth)])
+        self.worth = worth if self.worth is None else torch.where(alive, self.method.running(self.worth, worth), self.worth)
+        blocks, there, gone = sum(number < other for other in self.measured), [], []
+        for picture, cells in enumerate(sheet.cells):
+            here = alive[picture, cells[:, 0]].nonzero()[:, 0]
+            seen = sheet.cell_sums(picture, attention[picture])[here]
+            there.append(here)
+            gone.append(self.method.leaving(len(here), self.target(len(cells)), blocks, seen))
         gone = [max(gone)] * len(gone) if self.method.together else gone
-        for picture, here in enumerate(there):
-            count = min(gone[picture], len(here) - target)
+        for picture, (cells, here) in enumerate(zip(sheet.cells, there, strict=True)):
+            count = min(gone[picture], len(here) - self.target(len(cells)))
             if count > 0:
-                order = score[picture, here].argsort(descending=True, stable=True)
-                alive[picture, here[order[len(here) - count :]]] = False
-        self.alive = self._on_grid(alive)
+                order = sheet.cell_sums(picture, self.worth[picture])[here].argsort(descending=True, stable=True)
+                alive[picture, cells[here[order[len(here) - count :]]]] = False
+        sheet.keep(alive)
         return hidden
 
 
@@ -231,55 +192,51 @@ class Merging(Shortening):
     def change(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
         if number > 0:
             return hidden
-        first = int(self.trace.has_class)
-        cells = self._states(hidden[:, first:])  # (pictures, cells, side * side, dim)
-        target, side = self.target(cells.shape[1]), self.method.window
-        into = merge_windows(cells.mean(2), target, side)
-        while int((into[0] == torch.arange(into.shape[1], device=into.device)).sum()) > target:
+        patches, alive = self.sheet.patches(hidden).clone(), self.sheet.alive.clone()
+        found = torch.zeros(alive.shape, dtype=torch.int64, device=alive.device)
+        for picture, cells in enumerate(self.sheet.cells):
+            states = patches[picture, cells]  # (cells, patches of one, dim)
+            into = self._windows(states.mean(1), self.sheet.grids[picture])
+            merge, flat = Merge(into), states.flatten(1)
+            merged = flat.index_copy(0, merge.kept, merge.mean(flat).to(flat.dtype))
+            patches[picture, cells] = merged.view_as(states)
+            alive[picture] &= self.sheet.of_cells(picture, into == torch.arange(len(into), device=into.device))
+            found[picture] = self.sheet.of_cells(picture, into)
+        self.trace.found[INTO] = [self.sheet.flat(found)]
+        hidden = self.sheet.with_patches(hidden, patches)
+        self.sheet.keep(alive)
+        return hidden
+
+    def _windows(self, states: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        target, side = self.target(len(states)), self.method.window
+        into = merge_windows(states, shape, target, side)
+        while int((into == torch.arange(len(into), device=into.device)).sum()) > target:
             side *= 2
-            into = merge_windows(cells.mean(2), target, side)
-        self.trace.found[INTO] = [into]
-        own = torch.arange(into.shape[1], device=into.device)
-        merge = Merge((into + torch.arange(len(into), device=into.device)[:, None] * into.shape[1]).flatten())
-        flat = cells.flatten(0, 1).flatten(1)
-        merged = flat.index_copy(0, merge.kept, merge.mean(flat).to(flat.dtype)).view_as(cells)
-        self.alive = self._on_grid(into == own)
-        return torch.cat([hidden[:, :first], self._patches(merged)], dim=1)
-
-    def _states(self, patches: torch.Tensor) -> torch.Tensor:
-        """States ``(pictures, patches, dim)`` as those of the cells, ``(pictures, cells, side * side, dim)``."""
-        side = round(patches.shape[1] ** 0.5) // self.side
-        blocks = patches.unflatten(1, (side, self.side, side, self.side)).transpose(2, 3)
-        return blocks.flatten(3, 4).flatten(1, 2)
-
-    def _patches(self, cells: torch.Tensor) -> torch.Tensor:
-        """What ``_states`` was given."""
-        side = round(cells.shape[1] ** 0.5)
-        return cells.unflatten(1, (side, side)).unflatten(3, (self.side, self.side)).transpose(2, 3).flatten(1, 4)
+            into = merge_windows(states, shape, target, side)
+        return into
 
 
-def merge_windows(states: torch.Tensor, target: int, side: int) -> torch.Tensor:
-    """Which cell takes in each of a square grid's, int64 ``(pictures, cells)``: the most alike windows of ``side`` x ``side``
-    merge until ``target`` cells are left, or all have merged.
+def merge_windows(states: torch.Tensor, shape: tuple[int, int], target: int, side: int) -> torch.Tensor:
+    """Which cell takes in each of a picture's, int64 ``(cells,)``: the most alike windows of ``side`` x ``side`` merge until
+    ``target`` cells are left, or all have merged.
 
     Args:
-        states: ``(pictures, cells, dim)``. Windows at the lower and right edge may be smaller.
+        states: ``(cells, dim)``, row by row. Windows at the lower and right edge may be smaller.
+        shape: rows and columns.
     """
-    pictures, count, _ = states.shape
-    grid = round(count**0.5)
-    row, column = (torch.arange(count, device=states.device).div(d, rounding_mode="floor") % grid for d in (grid, 1))
-    across = -(-grid // side)
-    window = row // side * across + column // side
+    (height, width), own = shape, torch.arange(len(states), device=states.device)
+    across = -(-width // side)
+    window = own // width // side * across + own % width // side
     order = window.argsort(stable=True)  # cells window by window
-    sizes = torch.bincount(window, minlength=across**2)
+    sizes = torch.bincount(window, minlength=-(-height // side) * across)
     starts = sizes.cumsum(0) - sizes
-    rank = torch.empty_like(order).index_copy(0, order, torch.arange(count, device=order.device) - starts[window[order]])
+    rank = torch.empty_like(order).index_copy(0, order, own - starts[window[order]])
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
-    sums = torch.zeros(pictures, across**2, states.shape[-1], device=states.device).index_add_(1, window, unit)
+    sums = torch.zeros(len(sizes), states.shape[-1], device=states.device).index_add_(0, window, unit)
     alike = (sums.square().sum(-1) - sizes) / (sizes * (sizes - 1)).clamp(min=1)
-    best = alike.masked_fill(sizes == 1, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    best = alike.masked_fill(sizes == 1, float("-inf")).argsort(descending=True, stable=True)
     saved = (sizes - 1)[best]
-    needed = count - target - (saved.cumsum(-1) - saved)
-    taken = torch.empty_like(best).scatter(1, best, needed.clamp(min=0).minimum(saved) + 1)  # cells of each window that merge
-    taker = order[(starts + taken // 2)]
-    return torch.where(rank < taken[:, window], taker[:, window], torch.arange(count, device=order.device))
+    needed = len(states) - target - (saved.cumsum(0) - saved)
+    taken = torch.empty_like(best).scatter(0, best, needed.clamp(min=0).minimum(saved) + 1)  # cells of each window that merge
+    taker = order[starts + taken // 2]
+    return torch.where(rank < taken[window], taker[window], own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -116,6 +117,47 @@ def test_a_later_turn_with_another_picture_is_as_if_all_had_been_asked_at_once()
         whole = model(**both).logits[:, -1]
         cache = model(**turns[0], use_cache=True).past_key_values
         torch.testing.assert_close(model(**turns[1], cache=cache).logits[:, -1], whole, atol=1e-3, rtol=1e-3)
+
+
+def remembered(cache: Any) -> list[torch.Tensor]:
+    """What the layers know of words and pictures."""
+    return [value.tensor for layer in cache.layers for name, value in layer.memory.items() if name.startswith("cmai.")]
+
+
+def test_a_step_leaves_what_was_remembered_before_as_it_was() -> None:
+    model, x = vlm.build("llava"), vlm.inputs("llava", (1,))
+    after, logits = x["input_ids"].shape[1], []
+    with laconic.apply(model, "cmai(since=0)"), torch.no_grad():
+        cache = model(**x, use_cache=True).past_key_values
+        states = [layer.state() for layer in cache.layers]  # as a draft's branches hold on to them
+        held = remembered(cache)
+        before = [tensor.clone() for tensor in held]
+        more = torch.ones(1, after + 1, dtype=torch.int64)
+        for word in (7, 8, 7):
+            logits.append(model(input_ids=torch.tensor([[word]]), cache=cache, attention_mask=more).logits)
+            assert held and all(torch.equal(tensor, was) for tensor, was in zip(held, before, strict=True))
+            cache.crop(-1)
+            for layer, state in zip(cache.layers, states, strict=True):
+                layer.set_state(state)
+    assert torch.equal(logits[0], logits[2]) and not torch.equal(logits[0], logits[1])
+
+
+def test_gradients_pass_the_choice_and_are_not_remembered() -> None:
+    model, x = copy.deepcopy(vlm.build("llava")), vlm.inputs("llava", (1,))
+    weight = decoder_layers(model)[0].self_attn.q_proj.weight
+
+    def loss() -> torch.Tensor:
+        return model(**x, use_cache=True).logits[:, -1].logsumexp(-1).sum()
+
+    with laconic.apply(model, "cmai(since=0)") as handle:
+        (slope,) = torch.autograd.grad(loss(), weight)
+        assert remembered(handle.latest) and not any(tensor.requires_grad for tensor in remembered(handle.latest))
+        ends, step = [], 0.05 * slope / slope.norm()
+        for change in (step, -2 * step):
+            with torch.no_grad():
+                weight.add_(change)
+                ends.append(float(loss()))
+    assert ends[0] - ends[1] == pytest.approx(0.1 * float(slope.norm()), rel=0.05)
 
 
 def test_what_cannot_go_together_is_refused() -> None:

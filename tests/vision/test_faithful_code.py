@@ -21,6 +21,7 @@ from laconic.vision.picture import Layout, grid
 from laconic.vision.recoverable_compression import RecoverableCompression, likeness, outliers
 from laconic.vision.regions import even_cells_of_parts, tiles, whole_cells_of_parts
 from laconic.vision.schedule import falling
+from laconic.vision.sheets import Stack
 from laconic.vision.thinning import Flow, Thinning
 from laconic.vision.transprune import transition
 
@@ -137,10 +138,11 @@ def test_flowcut_takes_the_most_of_all_crops() -> None:
     flow = Flow(*(torch.stack([torch.full((16,), 0.2), torch.full((16,), 0.5)]) for _ in range(2)), rand(2, 16))
     for faithful, expected in ((False, [14, 11]), (True, [11, 11])):
         thinning = object.__new__(Thinning)
-        thinning.method, thinning.side, thinning.last, thinning.target = Fixed(faithful_code=faithful), 1, 5, lambda n: 4
-        thinning.alive, thinning.worth, thinning._order, thinning._flow = torch.ones(2, 16, dtype=torch.bool), None, None, flow
-        thinning.change(torch.zeros(2, 17, 3), 1)
-        assert thinning.alive.sum(-1).tolist() == expected
+        thinning.method, thinning.measured, thinning.target = Fixed(faithful_code=faithful), [0, 1, 2, 3, 4], lambda n: 4
+        thinning.sheet, thinning.worth, thinning._flows, hidden = Stack(side=1, first=1), None, [flow], torch.zeros(2, 17, 3)
+        thinning.sheet.begin(hidden)
+        thinning.change(hidden, 1)
+        assert thinning.sheet.alive.sum(-1).tolist() == expected
 
 
 def test_flashvlm_reads_the_whole_prompt() -> None:

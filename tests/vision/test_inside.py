@@ -188,3 +188,52 @@ def test_the_schedule_meets_the_mean_or_drops_as_early_as_it_can(layers: int, st
     assert counts == sorted(counts, reverse=True) and min(counts) >= 1
     assert abs(mean - share) < 0.01 or (ends[0] == 0 and mean > share)
     assert mean_over_layers(1.0, [e + 1 for e in ends], layers) == pytest.approx(1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 6), st.floats(0.02, 0.99), st.floats(0.02, 1.0))
+def test_a_schedule_that_starts_with_less_meets_the_same_mean(layers: int, stages: int, share: float, left: float) -> None:
+    n = 2880
+    begins = max(1, round(left * n))
+    plan = falling(Budget(share=share), n, layers, stages, begins)
+    counts = [begins]
+    for layer in range(1, layers):
+        counts.append(plan.get(layer - 1, counts[-1]))
+    mean = sum(counts) / layers / n
+    assert counts == sorted(counts, reverse=True) and min(counts) >= 1
+    assert abs(mean - min(share, begins / n)) < 0.01 or (min(plan) == 0 and mean > share)
+
+
+STAGED = (
+    "pyramiddrop", "sparsevlm", "visiondrop", "transprune", "mustdrop(cut=false)", "vflowopt_layers",
+    "attention_debias(pyramiddrop)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", STAGED)
+def test_a_budget_is_of_the_whole_picture_whatever_was_dropped_before(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: {"slope": [0.0] * 3, "height": [1.0] * 3})
+    x = vlm.inputs("llava", (1,))
+    image = pictured(x)
+
+    def counts(recipe: str) -> list[int]:
+        return [len(set(layer) & set(image)) for layer in held("llava", recipe, x)]
+
+    first = Budget.parse("40%").tokens(len(image))
+    layers = counts(f"divprune:40% + {method}:25%")
+    assert layers[0] == first and layers[-1] < first
+    assert sum(layers) / 3 == pytest.approx(0.25 * len(image), abs=1.0)
+    assert counts(f"divprune:40% + {method}:60%") == [first] * 3  # which allows more than there is
+
+
+def test_each_picture_of_a_batch_falls_from_what_is_left_of_it() -> None:
+    model, x = vlm.build("qwen2_vl"), vlm.inputs("qwen2_vl", (2, 1))
+    with laconic.apply(model, "divprune:12 + pyramiddrop:8") as handle, torch.no_grad():
+        model(**x)
+        for picture, reduction in zip(handle.entry.pictures, handle.entry.reductions, strict=True):
+            assert picture.given == len(reduction.kept) == min(12, len(picture.cells))
+        layers = [layer.positions[:, 0] for layer in handle.latest.layers]
+    words = [((row != vlm.IMAGE) & (mask > 0)).sum() for row, mask in zip(x["input_ids"], x["attention_mask"], strict=True)]
+    for row, pictures in enumerate((2, 1)):
+        mean = sum(int((layer[row] >= 0).sum() - words[row]) for layer in layers) / len(layers)
+        assert mean == pytest.approx(8 * pictures, abs=pictures)

@@ -137,7 +137,7 @@ class Pairs(InsideMethod):
     id: ClassVar[str] = "pairs"
     paper: ClassVar[str] = "test"
 
-    def stays(self, n: int, layers: int) -> dict[int, int]:
+    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
         return {0: (n + 1) // 2}
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:

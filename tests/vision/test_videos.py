@@ -152,7 +152,7 @@ def test_every_method_keeps_its_budget_of_a_whole_video(family: str) -> None:
         try:
             handle = laconic.apply(model, f"{name}:7" if METHODS[name].takes_budget else f"{name}({UNSIZED[name]})")
         except laconic.LaconicError as error:
-            assert "class token" in str(error) or "one row of all patches" in str(error)
+            assert "class token" in str(error)
             continue
         with handle, torch.no_grad():
             assert bool(model(**x).logits[:, -1].isfinite().all())
