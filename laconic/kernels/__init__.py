@@ -125,9 +125,11 @@ def logits(
         from laconic.kernels import cpu_index
 
         return cpu_index.logits(query, index, indices, scale=scale)
-    slots = indices.expand(*index.scales.shape[:2], -1)
-    every = torch.arange(slots.shape[2], device=slots.device).masked_fill(slots < 0, -1)
-    return reference.logits(query, index.keys(slots.clamp(min=0)), scale=scale, indices=every)
+    if query.device.type == "cuda":
+        from laconic.kernels import gpu
+
+        return gpu.index_logits(query, index, indices, scale=scale)
+    return reference.logits(query, index.keys(), scale=scale, indices=indices)
 
 
 def block_bounds(query: torch.Tensor, blocks: KeyBlocks) -> torch.Tensor:
@@ -221,17 +223,14 @@ def column_sums(
         query: ``(batch, heads, rows, head_dim)``: the last ``rows`` positions. A single row gives its probabilities.
         starts: ``(batch, kv_heads)`` first visible slot; rows before it are padding and give nothing.
         window: a row sees only the last ``window`` slots, its own included.
-        positions: int64 ``(batch, kv_heads or 1, n)``, ascending: what a ``window`` counts where tokens between entries are
-            gone. None: slots.
+        positions: int64 ``(batch, kv_heads or 1, n)``, ascending, each once: what a ``window`` counts where tokens between
+            entries are gone. None: slots.
 
     Returns:
         float32 ``(batch, heads, n)``.
     """
     module = _implementation(query, keys)
-    options = {"scale": scale, "starts": starts, "window": window, "softcap": softcap}
-    if window is not None and positions is not None:
-        module = reference if query.device.type == "cuda" else module
-        options["positions"] = positions
+    options = {"scale": scale, "starts": starts, "window": window, "softcap": softcap, "positions": positions}
     return module.column_sums(query, keys, **options)
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from laconic.kernels.index import QUAD, TILE, ZERO
+from laconic.kernels.index import QUAD, TILE, ZERO, KeyIndex
 from laconic.kernels.parts import combine
 from laconic.kernels.ragged import Ragged, dense
 
@@ -80,6 +80,18 @@ def _attend(
 
 
 @triton.jit
+def _byte_keys(
+    keys, scales, pair, slot, stored, d, tokens, capacity,
+    DIM: tl.constexpr, TILE: tl.constexpr, QUAD: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """The keys of a row and head at ``slot``, from the tiles of ``KeyIndex``: ``tokens`` bytes and ``capacity`` scales each."""
+    row = pair.to(tl.int64) * tokens + slot // TILE * (TILE * DIM) + slot % TILE * QUAD
+    place = row[:, None] + d // QUAD * (TILE * QUAD) + d % QUAD
+    code = tl.load(keys + place, mask=stored[:, None] & (d < DIM), other=ZERO).to(tl.float32) - ZERO
+    return code * tl.load(scales + pair.to(tl.int64) * capacity + slot, mask=stored, other=0.0)[:, None]
+
+
+@triton.jit
 def _vote_chunks(
     query, keys, key_bases, scales, starts, weights, tops, sums,
     kv_heads, group, n, stop, chunks, scale, softcap, key_b, key_h, key_n,
@@ -87,10 +99,7 @@ def _vote_chunks(
     GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNK_N: tl.constexpr, TILE: tl.constexpr, QUAD: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of keys: logits of GROUP heads, and per head their top and the sum of exp(logit - top).
-
-    Eight-bit keys come in the tiles of ``KeyIndex``, ``key_h`` bytes per row and head, with their ``scales``.
-    """
+    """One chunk of keys: logits of GROUP heads, and per head their top and the sum of exp(logit - top)."""
     pair, chunk = tl.program_id(0), tl.program_id(1)
     b, h = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     first = tl.load(starts + pair)
@@ -104,10 +113,7 @@ def _vote_chunks(
         slot = (at + tl.arange(0, BLOCK_N)).to(tl.int64)
         seen = (slot >= first) & (slot < stop)
         if EIGHT_BITS:
-            row = pair.to(tl.int64) * key_h + slot // TILE * (TILE * DIM) + slot % TILE * QUAD
-            place = row[:, None] + d // QUAD * (TILE * QUAD) + d % QUAD
-            code = tl.load(keys + place, mask=seen[:, None] & (d < DIM), other=ZERO).to(tl.float32) - ZERO
-            k = code * tl.load(scales + pair.to(tl.int64) * key_n + slot, mask=seen, other=0.0)[:, None]
+            k = _byte_keys(keys, scales, pair, slot, seen, d, key_h, key_n, DIM, TILE, QUAD, ZERO)
         else:
             k = tl.load(
                 keys + key_base + slot[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
@@ -127,9 +133,11 @@ def _vote_chunks(
 
 @triton.jit
 def _logit_chunks(
-    query, keys, key_bases, starts, index, logits, kv_heads, group, n, scale, key_b, key_h, key_n, index_b, index_h,
-    RAGGED: tl.constexpr, HAS_INDEX: tl.constexpr,
+    query, keys, key_bases, scales, starts, index, logits,
+    kv_heads, group, n, scale, key_b, key_h, key_n, index_b, index_h,
+    EIGHT_BITS: tl.constexpr, RAGGED: tl.constexpr, HAS_INDEX: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, QUAD: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """Logits of GROUP heads and BLOCK_N keys, all or those of ``index``; -inf for an empty slot."""
     pair = tl.program_id(0)
@@ -144,18 +152,21 @@ def _logit_chunks(
     stored = seen & (row >= tl.load(starts + pair))
     key_base = _base(key_bases, pair, b, h, key_b, key_h, RAGGED)
     q = tl.load(query + heads[:, None] * DIM + d, mask=(g[:, None] < group) & (d < DIM), other=0.0).to(tl.float32)
-    k = tl.load(
-        keys + key_base + row[:, None] * key_n + d, mask=stored[:, None] & (d < DIM), other=0.0
-    ).to(tl.float32)
+    if EIGHT_BITS:
+        k = _byte_keys(keys, scales, pair, row, stored, d, key_h, key_n, DIM, TILE, QUAD, ZERO)
+    else:
+        k = tl.load(
+            keys + key_base + row[:, None] * key_n + d, mask=stored[:, None] & (d < DIM), other=0.0
+        ).to(tl.float32)
     product = tl.where(seen[None, :], tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale, float("-inf"))
     tl.store(logits + heads[:, None] * n + slot, product, mask=(g[:, None] < group) & (slot < n))
 
 
 @triton.jit
 def _map_block(
-    query, keys, b, head, h, rows, slots, count, n, first, window, scale, softcap,
-    query_b, query_h, query_m, key_b, key_h, key_n,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
+    query, keys, positions, b, head, h, rows, slots, count, n, first, window, scale, softcap,
+    query_b, query_h, query_m, key_b, key_h, key_n, position_b, position_h,
+    HAS_WINDOW: tl.constexpr, HAS_GAPS: tl.constexpr, HAS_CAP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Logits of a block of the attention map, (query rows, slots), -inf where a row does not see a slot."""
     d = tl.arange(0, PAD_DIM)
@@ -171,16 +182,21 @@ def _map_block(
         logits = softcap * (2 / (1 + tl.exp(-2 * logits / softcap)) - 1)
     at = (n - count + rows)[:, None]  # the slot of a row's own token
     seen = (slots[None, :] <= at) & (slots[None, :] >= first) & (at >= first) & (rows[:, None] < count)
-    if HAS_WINDOW:
+    if HAS_GAPS:
+        own = positions + b * position_b + h * position_h
+        since = tl.load(own + n - count + rows, mask=rows < count, other=0)[:, None] - window
+        seen = seen & (tl.load(own + slots, mask=slots < n, other=0)[None, :] > since)
+    elif HAS_WINDOW:
         seen = seen & (slots[None, :] > at - window)
     return tl.where(seen, logits, float("-inf"))
 
 
 @triton.jit
 def _row_lse(
-    query, keys, starts, lse, heads, group, count, n, window, scale, softcap,
-    query_b, query_h, query_m, key_b, key_h, key_n,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, SIDE: tl.constexpr,
+    query, keys, positions, starts, lse, heads, group, count, n, window, scale, softcap,
+    query_b, query_h, query_m, key_b, key_h, key_n, position_b, position_h,
+    HAS_WINDOW: tl.constexpr, HAS_GAPS: tl.constexpr, HAS_CAP: tl.constexpr,
+    DIM: tl.constexpr, PAD_DIM: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Log of the softmax denominator of SIDE rows of one query head; +inf for a row that sees nothing."""
     pair = tl.program_id(0)
@@ -191,13 +207,14 @@ def _row_lse(
     top = tl.full((SIDE,), float("-inf"), tl.float32)
     total = tl.zeros((SIDE,), tl.float32)
     begin = tl.maximum(first, 0)
-    if HAS_WINDOW:
+    if HAS_WINDOW:  # which gaps only make narrower
         begin = tl.maximum(begin, n - count + tl.program_id(1) * SIDE - window + 1)
     for at in range(begin // SIDE * SIDE, tl.minimum(n, n - count + (tl.program_id(1) + 1) * SIDE), SIDE):
         slots = (at + tl.arange(0, SIDE)).to(tl.int64)
         logits = _map_block(
-            query, keys, b, head, h, rows, slots, count, n, first, window, scale, softcap,
-            query_b, query_h, query_m, key_b, key_h, key_n, HAS_WINDOW, HAS_CAP, DIM, PAD_DIM,
+            query, keys, positions, b, head, h, rows, slots, count, n, first, window, scale, softcap,
+            query_b, query_h, query_m, key_b, key_h, key_n, position_b, position_h,
+            HAS_WINDOW, HAS_GAPS, HAS_CAP, DIM, PAD_DIM,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(logits, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -209,9 +226,10 @@ def _row_lse(
 
 @triton.jit
 def _columns(
-    query, keys, starts, lse, sums, heads, group, count, n, window, scale, softcap,
-    query_b, query_h, query_m, key_b, key_h, key_n,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, SIDE: tl.constexpr,
+    query, keys, positions, starts, lse, sums, heads, group, count, n, window, scale, softcap,
+    query_b, query_h, query_m, key_b, key_h, key_n, position_b, position_h,
+    HAS_WINDOW: tl.constexpr, HAS_GAPS: tl.constexpr, HAS_CAP: tl.constexpr,
+    DIM: tl.constexpr, PAD_DIM: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Attention that SIDE slots receive from all rows of one query head."""
     pair = tl.program_id(0)
@@ -227,8 +245,9 @@ def _columns(
     for row in range(begin // SIDE * SIDE, end, SIDE):
         rows = (row + tl.arange(0, SIDE)).to(tl.int64)
         logits = _map_block(
-            query, keys, b, head, h, rows, slots, count, n, first, window, scale, softcap,
-            query_b, query_h, query_m, key_b, key_h, key_n, HAS_WINDOW, HAS_CAP, DIM, PAD_DIM,
+            query, keys, positions, b, head, h, rows, slots, count, n, first, window, scale, softcap,
+            query_b, query_h, query_m, key_b, key_h, key_n, position_b, position_h,
+            HAS_WINDOW, HAS_GAPS, HAS_CAP, DIM, PAD_DIM,
         )  # fmt: skip
         whole = tl.load(lse + pair.to(tl.int64) * count + rows, mask=rows < count, other=float("inf"))
         received += tl.sum(tl.exp(logits - whole[:, None]), axis=0)
@@ -242,12 +261,11 @@ def _run(query, keys, values, index, starts, n, scale, softcap):
     splits = max(1, min(PROGRAMS // (batch * kv_heads), n // (4 * BLOCK)))
     output = torch.empty(batch, kv_heads, splits, padded, value_dim, dtype=torch.float32, device=query.device)
     state = torch.empty(batch, kv_heads, splits, padded, 2, dtype=torch.float32, device=query.device)
-    index_strides = (0, 0) if index is None else (index.stride(0), index.stride(1) if index.shape[1] > 1 else 0)
     (keys_at, key_bases), (values_at, value_bases) = _memory(keys), _memory(values)
     _attend[(batch * kv_heads, splits)](
         query.contiguous(), keys_at, values_at, key_bases, value_bases, index, starts, output, state,
         kv_heads, group, n, splits, scale, softcap or 1.0,
-        *_strides(keys), *_strides(values), *index_strides,
+        *_strides(keys), *_strides(values), *_per_head(index),
         RAGGED=isinstance(keys, Ragged), HAS_INDEX=index is not None, HAS_CAP=softcap is not None,
         GROUP=padded, DIM=keys.shape[-1], VALUE_DIM=value_dim, BLOCK_N=BLOCK, PAD_DIM=triton.next_power_of_2(keys.shape[-1]),
         PAD_VALUE=triton.next_power_of_2(value_dim),
@@ -273,6 +291,19 @@ def _strides(tensor: torch.Tensor | Ragged) -> tuple[int, int, int]:
     return (0, 0, tensor.data.stride(0)) if isinstance(tensor, Ragged) else tensor.stride()[:3]
 
 
+def _per_head(numbers: torch.Tensor | None) -> tuple[int, int]:
+    """Strides over rows and KV heads of ``(batch, kv_heads or 1, n)``, contiguous."""
+    return (0, 0) if numbers is None else (numbers.stride(0), numbers.stride(1) if numbers.shape[1] > 1 else 0)
+
+
+def _in_bytes(index: KeyIndex, starts: torch.Tensor | None) -> tuple[tuple, tuple[int, int, int], tuple[int, int, int, int]]:
+    """Memory, strides (none, bytes and scales of a row and head) and shape of 8-bit keys."""
+    batch, kv_heads, capacity = index.scales.shape
+    dim = index.data.shape[3] * QUAD
+    memory = (index.data, None, index.scales, _starts(starts, index.scales))
+    return memory, (0, capacity * dim, capacity), (batch, kv_heads, index.n, dim)
+
+
 def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):
     return _run(query, keys, values, None, _starts(starts, keys), keys.shape[2], scale, softcap)
 
@@ -293,10 +324,7 @@ def vote(query, keys, *, scale, starts=None, stop=None, over="layer", softcap=No
 
 def index_vote(query, index, *, scale, starts=None, stop=None, over="layer", softcap=None):
     """As ``vote`` from the 8-bit keys of ``index``: a quarter of the bytes of float32."""
-    batch, kv_heads, capacity = index.scales.shape
-    dim = index.data.shape[3] * QUAD
-    memory = (index.data, None, index.scales, _starts(starts, index.scales))
-    shape, strides = (batch, kv_heads, index.n, dim), (0, capacity * dim, capacity)
+    memory, strides, shape = _in_bytes(index, starts)
     return _votes(query, memory, strides, shape, scale, stop, over, softcap, False)
 
 
@@ -327,33 +355,48 @@ def _votes(query, memory, strides, shape, scale, stop, over, softcap, ragged):
 
 
 def logits(query, keys, *, scale=1.0, indices=None):
-    batch, kv_heads, n, dim = keys.shape
+    keys_at, key_bases = _memory(keys)
+    memory = (keys_at, key_bases, None, _starts(None, keys))
+    return _products(query, memory, _strides(keys), keys.shape, scale, indices, isinstance(keys, Ragged))
+
+
+def index_logits(query, index, indices, *, scale=1.0):
+    """As ``logits`` of the entries ``indices`` from the 8-bit keys of ``index``."""
+    memory, strides, shape = _in_bytes(index, None)
+    return _products(query, memory, strides, shape, scale, indices, False)
+
+
+def _products(query, memory, strides, shape, scale, indices, ragged):
+    keys, bases, scales, starts = memory
+    batch, kv_heads, n, dim = shape
     group = query.shape[1] // kv_heads
     n = n if indices is None else indices.shape[2]
     out = torch.empty(batch, query.shape[1], n, dtype=torch.float32, device=query.device)
     indices = None if indices is None else indices.contiguous()
-    index_strides = (0, 0) if indices is None else (indices.stride(0), indices.stride(1) if indices.shape[1] > 1 else 0)
-    keys_at, key_bases = _memory(keys)
     _logit_chunks[(batch * kv_heads, triton.cdiv(n, BLOCK))](
-        query.contiguous(), keys_at, key_bases, _starts(None, keys), indices, out, kv_heads, group, n, scale,
-        *_strides(keys), *index_strides, RAGGED=isinstance(keys, Ragged), HAS_INDEX=indices is not None,
+        query.contiguous(), keys, bases, scales, starts, indices, out,
+        kv_heads, group, n, scale, *strides, *_per_head(indices),
+        EIGHT_BITS=scales is not None, RAGGED=ragged, HAS_INDEX=indices is not None,
         GROUP=max(2, triton.next_power_of_2(group)), DIM=dim, PAD_DIM=triton.next_power_of_2(dim), BLOCK_N=BLOCK,
+        TILE=TILE, QUAD=QUAD, ZERO=ZERO,
     )  # fmt: skip
     return out
 
 
-def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None):
+def column_sums(query, keys, *, scale, starts=None, window=None, softcap=None, positions=None):
     """In two passes over the tiles of the map, none of which is stored: the rows' denominators, then the columns."""
     starts, keys = _starts(starts, keys), dense(keys)
     batch, heads, count, dim = query.shape
     n, group = keys.shape[2], heads // keys.shape[1]
+    positions = None if window is None or positions is None else positions.contiguous()
     lse = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, n, dtype=torch.float32, device=query.device)
-    sizes = (heads, group, count, n, window or 0, scale, softcap or 1.0, *query.stride()[:3], *keys.stride()[:3])
+    sizes = (heads, group, count, n, window or 0, scale, softcap or 1.0)
+    sizes += (*query.stride()[:3], *keys.stride()[:3], *_per_head(positions))
     options = {
-        "HAS_WINDOW": window is not None, "HAS_CAP": softcap is not None, "DIM": dim,
+        "HAS_WINDOW": window is not None, "HAS_GAPS": positions is not None, "HAS_CAP": softcap is not None, "DIM": dim,
         "PAD_DIM": max(16, triton.next_power_of_2(dim)), "SIDE": SIDE,
     }  # fmt: skip
-    _row_lse[(batch * heads, triton.cdiv(count, SIDE))](query, keys, starts, lse, *sizes, **options)
-    _columns[(batch * heads, triton.cdiv(n, SIDE))](query, keys, starts, lse, sums, *sizes, **options)
+    _row_lse[(batch * heads, triton.cdiv(count, SIDE))](query, keys, positions, starts, lse, *sizes, **options)
+    _columns[(batch * heads, triton.cdiv(n, SIDE))](query, keys, positions, starts, lse, sums, *sizes, **options)
     return sums

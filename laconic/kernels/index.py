@@ -81,19 +81,10 @@ class KeyIndex:
             scales[:, :, :have] = self.scales
             self.data, self.scales = data, scales
 
-    def keys(self, slots: torch.Tensor | None = None) -> torch.Tensor:
-        """The keys as the bytes have them, float32 ``(batch, kv_heads, n, head_dim)``: for devices without a byte kernel.
-
-        With ``slots``, int64 ``(batch, kv_heads, k)`` >= 0, only those, ``(batch, kv_heads, k, head_dim)``.
-        """
-        parts = self.data.unflatten(4, (TILE, QUAD))
-        if slots is None:
-            codes, scales = parts.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : self.n], self.scales[:, :, : self.n]
-        else:
-            row, head = (torch.arange(size, device=slots.device) for size in slots.shape[:2])
-            codes = parts[row[:, None, None], head[:, None], slots // TILE, :, slots % TILE].flatten(3)
-            scales = self.scales.gather(2, slots)
-        return (codes.float() - ZERO) * scales[..., None]
+    def keys(self) -> torch.Tensor:
+        """The keys as the bytes have them, float32 ``(batch, kv_heads, n, head_dim)``: for devices without a byte kernel."""
+        codes = self.data.unflatten(4, (TILE, QUAD)).transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : self.n]
+        return (codes.float() - ZERO) * self.scales[:, :, : self.n, None]
 
     @property
     def bytes(self) -> int:

@@ -61,6 +61,23 @@ def test_vote_on_bytes_on_the_gpu(keys, over, softcap):
         torch.testing.assert_close(gpu.index_vote(query, index, **options), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_logits_of_bytes_at_chosen_slots_on_the_gpu(keys, shared):
+    pytest.importorskip("triton", reason="the GPU kernels need triton")
+    from laconic.kernels import gpu
+
+    index = KeyIndex(keys[:, :, :1095])
+    index.append(keys[:, :, 1095:])
+    g = torch.Generator().manual_seed(1)
+    query = torch.randn(2, 6, 24, generator=g)
+    slots = torch.rand(2, 1 if shared else 2, index.n, generator=g).argsort(-1)[..., :301].sort(-1).values
+    slots[0, :, :3], slots[1, :, -1] = -1, index.n - 1
+    got = gpu.index_logits(query, index, slots, scale=0.5)
+    assert bool((got[0, :, :3] == -torch.inf).all()) and bool(got[1].isfinite().all())
+    expected = reference.logits(query, index.keys(), scale=0.5, indices=slots)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_plain_loop_equals_the_instruction(keys, monkeypatch):
     query = torch.randn(2, 4, 24)
     index = KeyIndex(keys)

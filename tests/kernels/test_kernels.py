@@ -273,7 +273,7 @@ def test_gaps_close_in_place(dtype, shared):
 
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("shared", [True, False])
-def test_column_sums_in_a_window_of_positions(rows, shared):
+def test_column_sums_in_a_window_of_positions(fast, rows, shared):
     """Tokens between the entries are gone: the window counts these too."""
     g = torch.Generator().manual_seed(3)
     n, window, query, keys = 20, 8, torch.randn(2, 4, rows, 8, generator=g), torch.randn(2, 2, 20, 8, generator=g)
@@ -285,5 +285,18 @@ def test_column_sums_in_a_window_of_positions(rows, shared):
         seen = [s for s in range(r + 1) if at[s] > at[r] - window and at[s] >= 0]
         expected[b, h, seen] += (keys[b, h // 2, seen] @ query[b, h, r - n + rows] * 0.4).softmax(0)
     options = {"scale": 0.4, "starts": starts, "window": window, "positions": positions}
-    torch.testing.assert_close(kernels.column_sums(query, keys, **options), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast.column_sums(query, keys, **options), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(reference.column_sums(query, keys, **options, rows=4), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [3, 90, 400])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_column_sums_in_a_window_of_positions_over_several_tiles(fast, window, softcap):
+    g = torch.Generator().manual_seed(4)
+    query, keys = torch.randn(2, 4, 170, 20, generator=g), torch.randn(2, 2, 220, 20, generator=g)[:, :, :200]
+    positions = torch.rand(2, 2, 500, generator=g).argsort(-1)[..., :200].sort(-1).values
+    options = {"scale": 0.5, "starts": torch.tensor([[9, 70], [0, 0]]), "window": window, "softcap": softcap}
+    expected = reference.column_sums(query, keys, **options, positions=positions)
+    assert not torch.allclose(expected, reference.column_sums(query, keys, **options))
+    got = fast.column_sums(query, keys, **options, positions=positions)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
