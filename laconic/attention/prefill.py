@@ -119,8 +119,12 @@ def masked_attention(
     scale: float,
     softcap: float | None,
     bias: torch.Tensor | None = None,
+    blind: bool = True,
 ) -> torch.Tensor:
-    """query (..., kv_heads, group, rows, d) over keys (..., kv_heads, k, d); rows that see nothing give zeros."""
+    """query (..., kv_heads, group, rows, d) over keys (..., kv_heads, k, d); rows that see nothing give zeros.
+
+    ``blind``: whether there may be such rows; then they are looked for.
+    """
     group = query.shape[-3]
     if softcap is None:
         keys, values = (t.unsqueeze(-3).expand(*t.shape[:-2], group, -1, -1) for t in (keys, values))
@@ -131,7 +135,7 @@ def masked_attention(
         logits = capped(logits, softcap) + (0.0 if bias is None else bias)
         weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
         output = torch.einsum("...kgrn,...knd->...kgrd", weights, values.float()).to(query.dtype)
-    return output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return output.masked_fill(~visible.any(-1, keepdim=True), 0.0) if blind else output
 
 
 def _fused(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

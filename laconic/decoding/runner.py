@@ -27,6 +27,7 @@ class Runner:
     """Runs a batch of texts in a model that a recipe is applied to.
 
     Attributes:
+        limit: positions that the model knows, or None.
         lengths: int64 ``(batch,)``: tokens of each text that the cache holds for good.
         forwards: how many there were; rows: tokens that they computed, padding and empty nodes included.
         pending: nodes in the cache that ``settle`` has not judged yet.
@@ -34,6 +35,7 @@ class Runner:
 
     def __init__(self, handle: Handle, *, hidden: bool = False) -> None:
         self.handle, self.model, self.hidden = handle, handle.model, hidden
+        self.limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.cache, self._cache_name = handle.cache(), cache_name(handle.model)
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.shift: torch.Tensor | None = None  # between the places of tokens in the text and their positions, with pictures
@@ -44,11 +46,6 @@ class Runner:
         self.pending = 0
         self._sees: torch.Tensor | None = None
         self._depths: torch.Tensor | None = None
-
-    @property
-    def limit(self) -> int | None:
-        """Positions that the model knows, or None."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def prefill(self, inputs: dict[str, Any]) -> Any:
         """The model's output for prompts, with the logits ``(batch, 1, vocabulary)`` of their last tokens.
