@@ -521,12 +521,15 @@ class KVLayer(CacheLayerMixin):
         return blocks
 
     @property
+    def bytes_held(self) -> int:
+        """Bytes of the keys and values held, which a step over all of them reads."""
+        return 0 if self._keys is None else self._keys.bytes + self._values.bytes
+
+    @property
     def bytes_kept(self) -> int:
         """Bytes of the entries held: keys, values, tracks, 8-bit keys, blocks of keys, and what stands for evicted entries."""
-        held = [b for b in self._buffers() if b is not self._positions]
-        index = 0 if self._index is None else self._index.bytes
-        index += sum(blocks.bytes for blocks in self._blocks.values()) + (0 if self.rest is None else self.rest.bytes)
-        return index + sum(b.bytes for b in held)
+        parts = (*self.tracks.values(), *self._blocks.values(), self._index, self.rest)
+        return self.bytes_held + sum(part.bytes for part in parts if part is not None)
 
     def copy(self, request: Request) -> KVLayer:
         twin = KVLayer(self.index, self.layers, request, reserve=self.reserve)
