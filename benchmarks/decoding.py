@@ -6,7 +6,8 @@
 Three parts:
 
 - ``peers``: plain decoding, every method that drafts, and transformers' ``generate``: plain, with ``prompt_lookup_num_tokens``
-  and with ``assistant_model``. Times are of whole calls, the prompt included, in turns; ``pairs`` has ours beside theirs.
+  and with ``assistant_model``. Times are of whole calls, the prompt included, in turns, the median of ``--repeats``; beside the
+  wall's stands the processor's time, which says more on a machine that others use too. ``pairs`` has ours beside theirs.
 - ``replay``: what drafts are worth where the forward is dear. Every forward of the model also pays one of a slice of the
   Llama-3.2-1B shape (random weights, 4 of its 16 layers, its whole output layer) with the same number of tokens: the model's own
   text and acceptance, the time of the larger one.
@@ -61,7 +62,7 @@ class Sizes:
     samples: int = 2
     new: int = 64
     length: int = 256
-    repeats: int = 1
+    repeats: int = 5
     batches: tuple[int, ...] = (1, 8)
     workloads: tuple[str, ...] = tuple(TEXTS)
     nodes: tuple[int, ...] = NODES
@@ -221,13 +222,21 @@ def _race(contenders: dict[str, Callable[[], Written]], temperature: float, size
             written[name] = run()
         except (LaconicError, ValueError, NotImplementedError, RuntimeError) as error:
             rows[name] = {"error": " ".join(str(error).split())}
-    able = {name: (lambda i, run=contenders[name]: run()) for name in written}
-    times = {name: statistics.median(taken) for name, taken in interleave(able, repeats=sizes.repeats, warmup=0).items()}
+    processor: dict[str, list[float]] = {name: [] for name in written}
+
+    def step(name: str) -> None:
+        start = time.process_time()
+        contenders[name]()
+        processor[name].append(time.process_time() - start)
+
+    taken = interleave({name: (lambda i, name=name: step(name)) for name in written}, repeats=sizes.repeats, warmup=0)
+    times, cpu = ({name: statistics.median(values) for name, values in of.items()} for of in (taken, processor))
     reference = written["transformers"].rows
     for name, made in written.items():
         rows[name] = {
             "tokens_per_forward": made.tokens_per_forward,
             "seconds_per_token": times[name] / sum(map(len, made.rows)),
+            "cpu_seconds_per_token": cpu[name] / sum(map(len, made.rows)),
             "against_transformers": times["transformers"] / times[name],
             "same_ids": made.rows == reference if temperature == 0 else None,
         }
@@ -235,16 +244,19 @@ def _race(contenders: dict[str, Callable[[], Written]], temperature: float, size
 
 
 def pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours beside the same of theirs; ``ratio``: their time over ours, None where theirs does not run."""
+    """Ours beside the same of theirs; ``ratio``: their time over ours, ``cpu_ratio``: their processor time over ours; None where
+    theirs does not run."""
     found = {(row["name"], row["workload"], row["temperature"], row["batch"]): row for row in rows}
     made = []
     for (name, *place), row in found.items():
         mine = found.get((PEERS.get(name), *place))
         if mine is None or "error" in mine:
             continue
-        ratio = None if "error" in row else row["seconds_per_token"] / mine["seconds_per_token"]
+        ratio, cpu = (
+            None if "error" in row else row[name] / mine[name] for name in ("seconds_per_token", "cpu_seconds_per_token")
+        )
         where = dict(zip(("workload", "temperature", "batch"), place, strict=True))
-        made.append({"theirs": name, "ours": PEERS[name], **where, "ratio": ratio, "error": row.get("error")})
+        made.append({"theirs": name, "ours": PEERS[name], **where, "ratio": ratio, "cpu_ratio": cpu, "error": row.get("error")})
     return made
 
 

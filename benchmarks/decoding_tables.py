@@ -71,10 +71,11 @@ def peers_table(bench: dict[str, Any]) -> str:
         groups.setdefault((row["theirs"], row["ours"], row["temperature"], row["batch"]), []).append(row)
     lines = []
     for (theirs, ours, temperature, batch), rows in groups.items():
-        ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
-        ratio = times(statistics.median(ratios)) if ratios else f"theirs: {rows[0]['error']}"
-        lines.append([theirs, f"`{ours}`", f"{temperature:g}", str(batch), ratio])
-    return markdown(["transformers", "ours", "T", "batch", "ratio"], lines)
+        cells = [f"theirs: {rows[0]['error']}", "–"]
+        if rows[0]["ratio"] is not None:
+            cells = [times(statistics.median(row[name] for row in rows)) for name in ("ratio", "cpu_ratio")]
+        lines.append([theirs, f"`{ours}`", f"{temperature:g}", str(batch), *cells])
+    return markdown(["transformers", "ours", "T", "batch", "time", "processor time"], lines)
 
 
 def replay_table(bench: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ class Buffer:
 
     def __init__(self, first: torch.Tensor, reserve: int = 0) -> None:
         self.n, self._begin = 0, 0
+        self._view: torch.Tensor | None = None  # made once per change: a step reads it a dozen times
         count = first.shape[2]
         capacity = max(reserve, count + max(64, count // 8))  # room for an answer, before the first doubling
         self._data = empty((*first.shape[:2], capacity, *first.shape[3:]), first.dtype, first.device)
@@ -25,10 +26,12 @@ class Buffer:
             # what has forgotten its front moves there and stays at its size; what has not is growing
             self._reallocate(end + max(64, end // 8) if self._begin else max(end, 2 * self.capacity))
         self._data[:, :, self._begin + self.n : self._begin + end] = new
-        self.n = end
+        self.n, self._view = end, None
 
     def view(self) -> torch.Tensor:
-        return self._data[:, :, self._begin : self._begin + self.n]
+        if self._view is None:
+            self._view = self._data[:, :, self._begin : self._begin + self.n]
+        return self._view
 
     def keep(self, slots: torch.Tensor) -> None:
         """Keeps ``slots`` (batch, heads or 1, k) in that order and gives the memory of the others back."""
@@ -37,11 +40,11 @@ class Buffer:
             self._data, self._begin = take(self.view(), slots), 0
         else:  # nearly the same size, as in every decode step at a fixed budget: stay in place
             kernels.compact(self.view(), slots)
-        self.n = count
+        self.n, self._view = count, None
 
     def drop_front(self, count: int) -> None:
         """Forgets the first ``count`` entries of every row and head; their memory is given back when it is a good part."""
-        self._begin, self.n = self._begin + count, self.n - count
+        self._begin, self.n, self._view = self._begin + count, self.n - count, None
         if 2 * self._begin > self.capacity:
             self._reallocate(self.n + max(64, self.n // 8))
 
@@ -52,28 +55,33 @@ class Buffer:
         view.scatter_(2, index, take(view, source))
 
     def crop(self, n: int) -> None:
-        self.n = n
+        self.n, self._view = n, None
 
     def rows(self, index: torch.Tensor) -> None:
         """Picks rows of the batch (beams); keeps the capacity."""
         picked = self.view().index_select(0, index.to(self._data.device))
         data = empty((picked.shape[0], *self._data.shape[1:]), picked.dtype, picked.device)
         data[:, :, : self.n] = picked
-        self._data, self._begin = data, 0
+        self._data, self._begin, self._view = data, 0, None
 
     def copy(self) -> Buffer:
         twin = object.__new__(Buffer)
-        twin.n, twin._begin, twin._data = self.n, 0, self.view().clone()
+        twin.n, twin._begin, twin._data, twin._view = self.n, 0, self.view().clone(), None
         return twin
 
     @property
     def capacity(self) -> int:
         return self._data.shape[2]
 
+    @property
+    def bytes(self) -> int:
+        """Of the entries held."""
+        return self._data.nbytes // self.capacity * self.n
+
     def _reallocate(self, capacity: int) -> None:
         data = empty((*self._data.shape[:2], capacity, *self._data.shape[3:]), self._data.dtype, self._data.device)
         data[:, :, : self.n] = self.view()
-        self._data, self._begin = data, 0
+        self._data, self._begin, self._view = data, 0, None
 
 
 class RaggedBuffer:
@@ -153,6 +161,11 @@ class RaggedBuffer:
         slot = torch.arange(self.n, device=index.device).expand(*picked.shape[:3])
         self.starts = picked.starts
         self._move(pick(picked, torch.where(slot >= picked.starts[..., None], slot, -1)), room=64)
+
+    @property
+    def bytes(self) -> int:
+        """Of the entries held."""
+        return self.view().numel() * self._data.element_size()
 
     def copy(self) -> RaggedBuffer:
         return RaggedBuffer(self._data[self._places()], self.starts.clone(), self.n)

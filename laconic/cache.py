@@ -107,6 +107,7 @@ class Request:
         self.count: int | None = None
         self.pictures: torch.Tensor | None = None
         self.looked: list[Any] = []
+        self._asked: tuple[torch.Tensor | None, bool] = None, False
         self.layers: list[KVLayer] = []
         self.figures: dict[int, dict[str, Any]] = {}
         self.memory: dict[str, Any] = {}
@@ -125,6 +126,12 @@ class Request:
         if self.positions is not None and self.positions.shape == (batch, count):
             return self.positions.to(device)
         return torch.arange(seen, seen + count, device=device).expand(batch, count)
+
+    def padded(self, positions: torch.Tensor) -> bool:
+        """Whether any row of ``positions`` begins with padding. Layers share their positions: the device is asked once."""
+        if self._asked[0] is not positions:
+            self._asked = positions, bool((positions[:, 0] < 0).any())
+        return self._asked[1]
 
 
 class KVLayer(CacheLayerMixin):
@@ -183,8 +190,9 @@ class KVLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         """Appends ``(batch, kv_heads, new, head_dim)`` and returns views of all entries, the keys tagged with this layer."""
         batch, _, count, _ = key_states.shape
-        positions = self.request.take(batch, count, self.seen, key_states.device)[:, None]
-        self.padded = self.padded or bool((positions[:, :, 0] < 0).any())
+        positions = self.request.take(batch, count, self.seen, key_states.device)
+        self.padded = self.padded or self.request.padded(positions)
+        positions = positions[:, None]
         came = self.request.positions if self.request.living is not None else key_states[:, 0]
         self._last = None
         self.seen += self.request.count or came.shape[1]
@@ -513,12 +521,15 @@ class KVLayer(CacheLayerMixin):
         return blocks
 
     @property
+    def bytes_held(self) -> int:
+        """Bytes of the keys and values held, which a step over all of them reads."""
+        return 0 if self._keys is None else self._keys.bytes + self._values.bytes
+
+    @property
     def bytes_kept(self) -> int:
         """Bytes of the entries held: keys, values, tracks, 8-bit keys, blocks of keys, and what stands for evicted entries."""
-        held = [b for b in self._buffers() if b is not self._positions]
-        index = 0 if self._index is None else self._index.bytes
-        index += sum(blocks.bytes for blocks in self._blocks.values()) + (0 if self.rest is None else self.rest.bytes)
-        return index + sum(b.view().numel() * b.view().element_size() for b in held)
+        parts = (*self.tracks.values(), *self._blocks.values(), self._index, self.rest)
+        return self.bytes_held + sum(part.bytes for part in parts if part is not None)
 
     def copy(self, request: Request) -> KVLayer:
         twin = KVLayer(self.index, self.layers, request, reserve=self.reserve)

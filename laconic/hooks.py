@@ -62,6 +62,7 @@ class Handle:
         self.policy.model = model
         self._layers = check_model(model)
         self._rope = find_rope(model)
+        self._configs = _attention_configs(model)  # found once: a draft model's handle comes and goes with every draft
         self._depth = 0
         self._cache: KVCache | None = None
         self._shrinker: LayerShrinker | None = None
@@ -138,7 +139,7 @@ class Handle:
                 self._remove_parts()
                 raise
         if not _stack(self.model):
-            _prepare(self.model)
+            _prepare(self.model, self._configs)
         _stack(self.model).append(self)
 
     def _install_parts(self) -> None:
@@ -239,17 +240,16 @@ def _attention_configs(model: torch.nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _prepare(model: torch.nn.Module) -> None:
+def _prepare(model: torch.nn.Module, configs: list[Any]) -> None:
     """Registers our functions, points the configurations at them, and hooks the entry of the model."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(engine.NAME, engine.attention_forward)
     AttentionMaskInterface.register(engine.NAME, engine.attention_mask)
-    signature = inspect.signature(model.forward)
-    saved = [(config, config._attn_implementation) for config in _attention_configs(model)]
+    names = list(inspect.signature(model.forward).parameters)
+    saved = [(config, config._attn_implementation) for config in configs]
 
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        names = list(signature.parameters)
         arguments = dict(zip(names, args)) | kwargs  # noqa: B905 (fewer arguments than parameters)
         changes = _stack(module)[-1].before_forward(arguments)
         args = tuple(changes.pop(name, value) for name, value in zip(names, args))  # noqa: B905

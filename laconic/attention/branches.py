@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,21 +28,27 @@ class Branches:
 
     positions: torch.Tensor
     sees: torch.Tensor
+    _whole: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tail(self) -> int:
         return self.sees.shape[2]
 
+    def over(self, n: int) -> torch.Tensor:
+        """Boolean ``(batch, 1, new, n)``: what is seen of ``n`` entries that are all real. Layers of as many share it."""
+        if n not in self._whole:
+            self._whole[n] = torch.nn.functional.pad(self.sees, (n - self.tail, 0), value=True)[:, None]
+        return self._whole[n]
+
 
 def branch_attention(layer: KVLayer, call: Call, branches: Branches) -> torch.Tensor:
-    """Output ``(batch, heads, new, head_dim)`` of all nodes over everything that the layer holds; zero in empty nodes."""
+    """Output ``(batch, heads, new, head_dim)`` of all nodes over everything that the layer holds; noise in empty nodes."""
     query, keys, values = call.query, dense(layer.keys), dense(layer.values)
-    at, own = layer.shared_positions, branches.positions
-    text = at[:, :, None, : layer.n - branches.tail]
-    visible = (text >= 0).expand(-1, -1, own.shape[1], -1)
-    visible = torch.cat([visible, branches.sees[:, None].expand(-1, visible.shape[1], -1, -1)], dim=-1)
+    visible = branches.over(layer.n)
+    if layer.padded:
+        visible = visible & (layer.shared_positions >= 0)[:, :, None]
     if call.window is not None:
-        visible = visible & (at[:, :, None] > own[:, None, :, None] - call.window)
+        visible = visible & (layer.shared_positions[:, :, None] > branches.positions[:, None, :, None] - call.window)
     grouped = query.unflatten(1, (layer.heads, -1))
     bias = None
     if layer.rest is not None:
@@ -54,7 +60,8 @@ def branch_attention(layer: KVLayer, call: Call, branches: Branches) -> torch.Te
     visible = visible.expand(-1, layer.heads, -1, -1)[:, :, None]
     flat = (t.flatten(0, 1) for t in (grouped, keys, values, visible))  # as the fused kernel wants it
     bias = None if bias is None else bias.flatten(0, 1)
-    return masked_attention(*flat, call.scale, call.softcap, bias).reshape(*query.shape[:3], -1)
+    blind = layer.n == branches.tail  # where there is text, all rows see it, those of empty nodes too
+    return masked_attention(*flat, call.scale, call.softcap, bias, blind=blind).reshape(*query.shape[:3], -1)
 
 
 def each_branch(

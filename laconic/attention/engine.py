@@ -225,9 +225,9 @@ class Policy:
 
     def _bytes_read(self, layer: KVLayer, selection: Selection | None) -> int:
         """Bytes of keys and values that this call had to read from the cache, scoring included."""
-        size = layer.keys.element_size()
         if selection is None:
-            return size * (layer.keys.numel() + layer.values.numel())
+            return layer.bytes_held
+        size = layer.keys.element_size()
         row = size * (layer.keys.shape[-1] + layer.values.shape[-1])
         read = row * layer.keys.shape[0] * layer.heads * _read(selection)
         return round(read) + selection.bytes_scored

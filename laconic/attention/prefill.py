@@ -42,14 +42,16 @@ def prefill_attention(
     batch, heads, rows, dim = query.shape
     kv_heads, n = keys.shape[1:3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
-    output = query.new_zeros(batch, kv_heads, heads // kv_heads, rows, values.shape[-1])
     pads = (positions[:, 0] < 0).sum(-1).tolist()
     lasts = positions[:, 0, -1].tolist()
+    fresh = rows == n and softcap is None and bias is None and reach is None
+    if fresh and not any(pads) and (window is None or max(lasts) < window):
+        output = _fused(*(t.flatten(0, 1) for t in (grouped, keys, values)), scale)
+        return output.reshape(batch, heads, rows, -1)
+    output = query.new_zeros(batch, kv_heads, heads // kv_heads, rows, values.shape[-1])
     for row in range(batch):
         pad = pads[row]
-        plain = rows == n and softcap is None and bias is None and (window is None or lasts[row] < window) and pad < n
-        plain = plain and reach is None
-        if plain:  # a fresh prompt: cut the padding off and let the fused kernel do the rest
+        if fresh and (window is None or lasts[row] < window) and pad < n:  # cut the padding off, the fused kernel does the rest
             part = (t[row][..., pad:, :] for t in (grouped, keys, values))
             output[row, :, :, pad:] = _fused(*part, scale)
         else:
@@ -119,8 +121,12 @@ def masked_attention(
     scale: float,
     softcap: float | None,
     bias: torch.Tensor | None = None,
+    blind: bool = True,
 ) -> torch.Tensor:
-    """query (..., kv_heads, group, rows, d) over keys (..., kv_heads, k, d); rows that see nothing give zeros."""
+    """query (..., kv_heads, group, rows, d) over keys (..., kv_heads, k, d); rows that see nothing give zeros.
+
+    ``blind``: whether there may be such rows; then they are looked for.
+    """
     group = query.shape[-3]
     if softcap is None:
         keys, values = (t.unsqueeze(-3).expand(*t.shape[:-2], group, -1, -1) for t in (keys, values))
@@ -131,7 +137,7 @@ def masked_attention(
         logits = capped(logits, softcap) + (0.0 if bias is None else bias)
         weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
         output = torch.einsum("...kgrn,...knd->...kgrd", weights, values.float()).to(query.dtype)
-    return output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return output.masked_fill(~visible.any(-1, keepdim=True), 0.0) if blind else output
 
 
 def _fused(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

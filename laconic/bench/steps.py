@@ -93,7 +93,7 @@ class OurStep:
             layer.update(keys[:, :, :1], values[:, :, :1])
             for name in ("_keys", "_values", "_positions"):
                 own, first = getattr(layer, name), getattr(self.cache.layers[0], name)
-                own._data, own._begin, own.n = first._data, first._begin, first.n
+                own._data, own._begin, own.n, own._view = first._data, first._begin, first.n, None
             layer.seen = self.cache.layers[0].seen
 
     def __call__(self, i: int) -> torch.Tensor:

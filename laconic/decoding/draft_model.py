@@ -115,6 +115,7 @@ class ModelDrafter(Drafter):
     def __init__(self, method: DraftModelMethod, setting: Setting) -> None:
         super().__init__(method, setting)
         self.network = method.open(setting.model)
+        self._device, self._last = self.network.device, self.network.config.get_text_config().vocab_size - 1
         self.handle = apply(self.network, "dense")
         self.handle.remove()  # it is in the model while that drafts only: others may use the same one
         self.text: Text | None = None
@@ -177,7 +178,7 @@ class ModelDrafter(Drafter):
         new = [ids[-1:] if done else ids[n:] for ids, done, n in zip(text.rows, text.done, known, strict=True)]
         feed = DraftTree.of_rows([(ids, list(range(-1, len(ids) - 1))) for ids in new])
         self._feed, self._roots = feed.shape.real, feed.shape.depths.amax(-1)
-        self._tokens, self._parents = text.roots(self.network.device)[:, None], torch.full((len(new), 1), NONE)
+        self._tokens, self._parents = text.roots(self._device)[:, None], torch.full((len(new), 1), NONE)
         self._starts = [len(ids) for ids in text.rows]
         self._logits: torch.Tensor | None = None
         output = self.runner.run(self._ids(feed.tokens), feed.shape)
@@ -187,7 +188,7 @@ class ModelDrafter(Drafter):
     def _prefill(self, text: Text) -> None:
         """Reads all but the newest token of each text into a new cache."""
         self.text, self.runner = text, Runner(self.handle)
-        inputs = left_padded([row[:-1] for row in text.rows], self.network.device)
+        inputs = left_padded([row[:-1] for row in text.rows], self._device)
         self.runner.prefill({**inputs, "input_ids": self._ids(inputs["input_ids"])})
 
     def _settle(self) -> None:
@@ -208,7 +209,7 @@ class ModelDrafter(Drafter):
 
     def _ids(self, tokens: torch.Tensor) -> torch.Tensor:
         """On the draft model's device, and within its vocabulary where the target's has more padding."""
-        return tokens.to(self.network.device).clamp(max=self.network.config.get_text_config().vocab_size - 1)
+        return tokens.to(self._device).clamp(max=self._last)
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """As the target model's would be: in a row as long as its own, and changed by the same processors."""

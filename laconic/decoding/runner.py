@@ -27,6 +27,7 @@ class Runner:
     """Runs a batch of texts in a model that a recipe is applied to.
 
     Attributes:
+        limit: positions that the model knows, or None.
         lengths: int64 ``(batch,)``: tokens of each text that the cache holds for good.
         forwards: how many there were; rows: tokens that they computed, padding and empty nodes included.
         pending: nodes in the cache that ``settle`` has not judged yet.
@@ -34,6 +35,8 @@ class Runner:
 
     def __init__(self, handle: Handle, *, hidden: bool = False) -> None:
         self.handle, self.model, self.hidden = handle, handle.model, hidden
+        self.device = self.model.device  # asked once: a model looks through its parameters for it
+        self.limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.cache, self._cache_name = handle.cache(), cache_name(handle.model)
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.shift: torch.Tensor | None = None  # between the places of tokens in the text and their positions, with pictures
@@ -44,11 +47,6 @@ class Runner:
         self.pending = 0
         self._sees: torch.Tensor | None = None
         self._depths: torch.Tensor | None = None
-
-    @property
-    def limit(self) -> int | None:
-        """Positions that the model knows, or None."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def prefill(self, inputs: dict[str, Any]) -> Any:
         """The model's output for prompts, with the logits ``(batch, 1, vocabulary)`` of their last tokens.
@@ -100,8 +98,7 @@ class Runner:
     def _grow(self, rows: dict[str, torch.Tensor], sees: torch.Tensor, depths: torch.Tensor) -> Any:
         old, new = self.pending, depths.shape[1]
         positions = torch.where(depths < 0, -1, self.lengths[:, None] + depths)
-        device = self.model.device
-        self.cache.request.branches = Branches(positions.to(device), sees.to(device))
+        self.cache.request.branches = Branches(positions.to(self.device), sees.to(self.device))
         output = self._forward({**rows, **self._places(positions.clamp(min=0))})
         self._sees = sees if not old else torch.cat([torch.nn.functional.pad(self._sees, (0, new)), sees], dim=1)
         self._depths = depths if not old else torch.cat([self._depths, depths], dim=1)
@@ -117,7 +114,7 @@ class Runner:
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with ``rows`` (k,) of the batch, some of them perhaps more than once."""
         if not torch.equal(rows, torch.arange(len(self.lengths))):
-            self.cache.batch_select_indices(rows.to(self.model.device))
+            self.cache.batch_select_indices(rows.to(self.device))
             self.lengths = self.lengths[rows]
             self.shift = None if self.shift is None else self.shift[rows]
 
@@ -130,7 +127,7 @@ class Runner:
 
     def _places(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         positions = positions if self.shift is None else (positions + self.shift).expand(3, -1, -1)
-        return {"position_ids": positions.to(self.model.device)}
+        return {"position_ids": positions.to(self.device)}
 
     def _forward(self, arguments: dict[str, Any]) -> Any:
         self.forwards += 1

@@ -36,10 +36,25 @@ class FixedTree(ModelDrafter):
             last, width = sum(map(len, parents)), len(parents[-1])
             parents.append(torch.arange(last - width, last).repeat_interleave(children))
             tokens.append(best.flatten(1))
+            if self._unsure(laws[-1] if laws else scores, best, depth):
+                break
         if laws:
             laws.append(torch.zeros_like(laws[0][:, :1]).expand(-1, len(parents[-1]), -1))
         shape = TreeShape(torch.cat(parents)[None]).expand(len(scores))
         return DraftTree(torch.cat(tokens, 1), shape, torch.cat(laws, 1) if laws else None)
+
+    def _unsure(self, rows: torch.Tensor, best: torch.Tensor, depth: int) -> bool:
+        """Whether the draft model finds no token of a level likely enough to go on behind it.
+
+        What was drawn so far decides, and nothing of it is taken back: the law of what comes out stays exact.
+
+        Args:
+            rows: ``(batch, nodes, vocabulary)``, the level's laws where tokens are drawn, else scores; best: its tokens.
+        """
+        if not self.method.confidence or depth + 1 == len(self.method.levels):
+            return False
+        likely = (rows if self.draws else rows.softmax(-1)).gather(-1, best).amax((1, 2))
+        return all(done or sure < self.method.confidence for sure, done in zip(likely.tolist(), self.text.done, strict=True))
 
 
 @register
@@ -48,7 +63,7 @@ class Speculative(DraftModelMethod):
     """A draft model writes the next few tokens, which the model checks in one forward: speculative decoding.
 
     A chain, or a fixed tree where ``branches`` says how many children the nodes of each level get, drawn without replacement
-    (SpecInfer, Sequoia, 2024). A forward of the draft model per level.
+    (SpecInfer, Sequoia, 2024). A forward of the draft model per level, as long as it is sure enough of some token of the last.
     """
 
     id: ClassVar[str] = "speculative"
@@ -57,8 +72,10 @@ class Speculative(DraftModelMethod):
 
     budget: Budget = parameter(Budget(amount=4), "tokens drafted in each forward")  # noqa: RUF009
     branches: str = parameter("", "children of the nodes of each level, such as 4x2x1x1; empty for a chain", search=())
+    confidence: float = parameter(0.4, "drafts end behind tokens that are less likely than this; 0: never", search=(), least=0.0)
 
     def check(self) -> None:
+        self.require(self.confidence <= 1, "confidence is a probability: give at most 1.")
         counts = self.branches.split("x") if self.branches else []
         self.require(all(c.isascii() and c.isdigit() and int(c) for c in counts), "branches are counts such as 4x2x1x1.")
         size = sum(accumulate(map(int, counts), mul))

@@ -23,12 +23,14 @@ Array = torch.Tensor | Ragged
 def _implementation(*tensors: Array) -> ModuleType:
     """The fastest module that serves these tensors."""
     first = tensors[0]
-    same = all(t.dtype == first.dtype and t.stride(-1) == 1 and not t.requires_grad for t in tensors)
-    if same and first.device.type == "cpu":
+    for tensor in tensors:
+        if tensor.dtype != first.dtype or tensor.stride(-1) != 1 or tensor.requires_grad:
+            return reference
+    if first.device.type == "cpu":
         from laconic.kernels import cpu
 
         return cpu if first.dtype in cpu.DTYPES else reference
-    if same and first.device.type == "cuda":
+    if first.device.type == "cuda":
         from laconic.kernels import gpu
 
         return gpu

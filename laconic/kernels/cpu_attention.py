@@ -168,9 +168,10 @@ def _run(query, keys, values, index, starts, n, scale, softcap):
 
 def _in_one_call(query, keys, values, scale):
     """Attention by torch's fused kernel: it starts at once, but reads memory more slowly than ``_attend``."""
-    groups = query.unflatten(1, (keys.shape[1], -1))  # queries of a KV head stand as rows, so that no key is repeated
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(groups, keys, values, scale=scale)
-    return output.flatten(1, 2), lse.flatten(1, 2)
+    batch, heads, dim = query.shape
+    groups = query.reshape(batch, keys.shape[1], -1, dim)  # queries of a KV head stand as rows, so that no key is repeated
+    output, lse = torch._scaled_dot_product_flash_attention_for_cpu(groups, keys, values, scale=scale)
+    return output.reshape(batch, heads, -1), lse.reshape(batch, heads)
 
 
 def decode_attention(query, keys, values, *, scale, starts=None, softcap=None):

@@ -57,9 +57,10 @@ def test_the_greedy_text_is_that_of_plain_decoding(name, pads):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize(("recipe", "sampling"), [
-    ("speculative:3", Sampling()), ("speculative:3", Sampling(processors=(repetition_penalty(1.5),))),
-    ("speculative:3", Sampling(temperature=1.0, top_k=9, top_p=0.95)),
-    ("speculative(branches=2x1x1):6", Sampling(temperature=0.8, processors=(repetition_penalty(1.5),))),
+    ("speculative(confidence=0):3", Sampling()),
+    ("speculative(confidence=0):3", Sampling(processors=(repetition_penalty(1.5),))),
+    ("speculative(confidence=0):3", Sampling(temperature=1.0, top_k=9, top_p=0.95)),
+    ("speculative(branches=2x1x1,confidence=0):6", Sampling(temperature=0.8, processors=(repetition_penalty(1.5),))),
     ("spectr(drafts=3):9", Sampling(temperature=0.8, processors=(repetition_penalty(1.5),))),
 ], ids=["greedy", "greedy with a penalty", "sampled", "sampled with a penalty", "drafts with a penalty"])  # fmt: skip
 def test_a_draft_model_with_the_same_weights_is_always_right(name, recipe, sampling):
@@ -100,7 +101,8 @@ class Spy:
 
 @pytest.mark.parametrize(("name", "recipe", "sampling"), [
     ("llama", "dyspec:8", Sampling(temperature=0.15, top_p=0.95)), ("gemma3", "dyspec(temperature=0.2):8", Sampling()),
-    ("gpt_neox", "spectr(drafts=4):12", Sampling(temperature=1.0)), ("gemma3", "speculative(branches=2x2x1):10", Sampling()),
+    ("gpt_neox", "spectr(drafts=4):12", Sampling(temperature=1.0)),
+    ("gemma3", "speculative(branches=2x2x1,confidence=0):10", Sampling()),
 ])  # fmt: skip
 def test_what_a_draft_model_says_is_its_forward_over_the_text(name, recipe, sampling, monkeypatch):
     method = with_model(recipe, near(name, 0.2))
@@ -109,6 +111,22 @@ def test_what_a_draft_model_says_is_its_forward_over_the_text(name, recipe, samp
     monkeypatch.setattr(type(method), "drafter", lambda self, setting: spies.append(Spy(make(self, setting))) or spies[0].drafter)
     out = decode(tiny.shared(name), tiny.prompt(3, 20, pads=(0, 7, 3)), method, max_new_tokens=14, sampling=sampling)
     assert spies[0].seen > 15 and sum(out.accepted[1:]) > 0
+
+
+def test_drafts_end_where_the_draft_model_is_unsure():
+    """A chain goes on while some row's newest token is as likely as asked; what is written stays the model's own."""
+    model, inputs = tiny.shared("llama"), tiny.prompt(2, 30)
+    plain = decode(model, inputs, max_new_tokens=20)
+    texts = torch.cat([inputs["input_ids"], torch.tensor(plain.rows)], 1)
+    middle = round(float(near("llama")(input_ids=texts).logits[:, 30:].softmax(-1).amax(-1).median().detach()), 4)
+    drafted = {}
+    for confidence in (0, middle, 1):
+        sizes: list[int] = []
+        out = decode(model, inputs, with_model(f"speculative(confidence={confidence}):4", near("llama")), max_new_tokens=20,
+                     watch=lambda step, sizes=sizes: sizes.append(len(step.tokens[0]) - 1))  # fmt: skip
+        assert out.rows == plain.rows
+        drafted[confidence] = sizes[1:3]  # the first entry is the prompt's
+    assert drafted[0] == [4, 4] and drafted[1] == [1, 1] and drafted[middle] not in ([4, 4], [1, 1])
 
 
 def test_only_new_tokens_are_read():
@@ -168,7 +186,7 @@ def test_the_draft_model_is_left_as_it_was():
 
 def test_a_model_can_draft_for_itself():
     model, inputs = tiny.shared("llama"), tiny.prompt(2, 30, pads=(0, 5))
-    out = decode(model, inputs, with_model("speculative:4", model), max_new_tokens=21)
+    out = decode(model, inputs, with_model("speculative(confidence=0):4", model), max_new_tokens=21)
     assert out.rows == decode(model, inputs, max_new_tokens=21).rows and out.forwards == 5
 
 
