@@ -38,7 +38,7 @@ from laconic.vision.encoder import has_class_token
 STAGES = ((56, 2, 64), (84, 3, 64), (112, 3, 36), (140, 4, 24), (168, 5, 16), (224, 5, 9), (280, 6, 6), (SIDE, 8, 4))
 ALONE = ((0.08, (SIDE // 2, 9, 8)), (0.13, (SIDE, 16, 2)))  # share of the time up to which the encoder learns alone, and on what
 PASS = 0.8  # share of right answers to every type of question that opens the next stage
-LATEST = 0.85  # share of the time by which the last stage begins in any case
+LATEST, LATEST_WARM = 0.85, 0.5  # share of the time by which the last stage begins in any case
 # about each scene: what takes longest, most
 ASKED = (*TYPES, "comparison", "count", "position", "comparison", "count", "comparison")
 RATE, RATE_ALONE, RATE_WARM = 1e-3, 2e-3, 5e-4
@@ -372,6 +372,7 @@ def train(out: Path, minutes: float, seed: int, variant: str, start: str | None)
 def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker: SceneMaker, warm: bool) -> None:
     """The training loop: one batch of scenes a step. ``warm``: the model has started from another one."""
     eyes, full = find_eyes(model), RATE_WARM if warm else RATE
+    first, begin, latest = (WARM, 0.0, LATEST_WARM) if warm else (0, ALONE[-1][0], LATEST)
     begun, before, last_save = time.time(), state["elapsed"], time.time()
     right: dict[str, list[float]] = defaultdict(list)
     while state["elapsed"] < minutes * 60:
@@ -401,7 +402,7 @@ def loop(model, heads, optimizer, state: dict, out: Path, minutes: float, maker:
             said = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
             at = f"{state['elapsed']:6.0f} s  step {state['step']}  stage {STAGES[state['stage']]}  scenes {state['scenes']}"
             print(f"{at}  loss {loss.item():.3f}  extra {extra.item():.3f}  {said}", flush=True)
-        late = share > ALONE[-1][0] + (LATEST - ALONE[-1][0]) * (state["stage"] + 1) / (len(STAGES) - 1)
+        late = share > begin + (latest - begin) * (state["stage"] + 1 - first) / (len(STAGES) - 1 - first)
         asked = min(map(len, right.values())) if len(right) == len(TYPES) else 0
         passed = state["stage"] + 1 < len(STAGES) and (late or (asked >= 100 and min(means.values()) > PASS))
         if passed:
