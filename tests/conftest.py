@@ -56,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model of the built-in vision-language architecture, and its processor, on disk."""
     import torch
 
+    from laconic.models.shapes_models import build_model
     from laconic.models.shapes_processor import make_processor
-    from laconic.models.train_shapes import build_model
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model")

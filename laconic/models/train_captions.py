@@ -16,9 +16,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from laconic.models import load
+from laconic.models.pictures import find_eyes
 from laconic.models.scenes import SHAPES, SIDE, Question, Scene, ask, make_scene, plural
-from laconic.models.shapes_processor import make_processor
-from laconic.models.train_shapes import IGNORED, Batch, assemble, encode, read_words
+from laconic.models.train_shapes import IGNORED, Batch, Frame, assemble, encode, read_words
 
 # sides of pictures in pixels, most things in them, pictures in a batch, and the share of the time up to which they are shown
 STAGES = ((SIDE // 3, 3, 16, 0.25), (SIDE // 2, 5, 12, 0.6), (SIDE, 8, 4, 1.0))
@@ -46,11 +46,11 @@ def describe(scene: Scene) -> Question:
     return Question("reading", PROMPT, " ".join(words))
 
 
-def make_batch(rng: np.random.Generator, tokenizer, side: int, most: int, count: int) -> Batch:
+def make_batch(rng: np.random.Generator, frame: Frame, side: int, most: int, count: int) -> Batch:
     """Scenes with a description and some questions each."""
     scenes = [make_scene(rng, side, (2, most)) for _ in range(count)]
     asked = [[describe(scene), *filter(None, (ask(scene, rng, kind) for kind in QUESTIONS))] for scene in scenes]
-    return assemble(scenes, asked, tokenizer, rng)
+    return assemble(scenes, asked, frame, rng)
 
 
 def loss_of(model, batch: Batch) -> tuple[torch.Tensor, float]:
@@ -66,10 +66,10 @@ def loss_of(model, batch: Batch) -> tuple[torch.Tensor, float]:
 def train(out: Path, minutes: float, seed: int, start: str) -> None:
     """Trains for ``minutes`` of wall clock and saves in bf16."""
     torch.manual_seed(seed)
-    model, _ = load(start)
-    processor = make_processor()
+    model, processor = load(start)
+    frame = Frame.of(processor)
     model.train()
-    model.model.vision_tower.requires_grad_(False)
+    find_eyes(model).tower.requires_grad_(False)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     rng, begun, saved, step = np.random.default_rng(seed + 7_000_000), time.time(), time.time(), 0
@@ -79,7 +79,7 @@ def train(out: Path, minutes: float, seed: int, start: str) -> None:
             group["lr"] = RATE * min(1.0, (step + 1) / 50) * min(1.0, max(0.03, (1 - share) / 0.5))
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, right = loss_of(model, make_batch(rng, processor.tokenizer, side, most, count))
+            loss, right = loss_of(model, make_batch(rng, frame, side, most, count))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

@@ -9,7 +9,7 @@ from laconic.models import load
 from laconic.models.scenes import Scene, Sign, Thing
 from laconic.models.shapes_processor import make_tokenizer
 from laconic.models.train_captions import describe, loss_of, make_batch
-from laconic.models.train_shapes import IGNORED
+from laconic.models.train_shapes import IGNORED, Frame
 
 
 def thing(shape: str, colour: str, radius: float = 20) -> Thing:
@@ -29,7 +29,7 @@ def test_a_description_goes_through_kinds_of_shapes_and_ends_with_the_sign():
 def test_a_step_teaches_everything_but_the_encoder():
     model, processor = load("shapes")
     model.model.vision_tower.requires_grad_(False)
-    batch = make_batch(np.random.default_rng(0), processor.tokenizer, 56, 2, 2)
+    batch = make_batch(np.random.default_rng(0), Frame.of(processor), 56, 2, 2)
     loss, right = loss_of(model, batch)
     loss.backward()
     asked = batch.answers[batch.answers != IGNORED]

@@ -17,6 +17,7 @@ import laconic
 from laconic.cli import app
 from laconic.models.reading import open_picture
 from laconic.models.scenes import make_scene
+from laconic.models.shapes_processor import VARIANTS
 from laconic.vision.overlay import grids, overlay
 from laconic.vision.picture import grid
 from laconic.vision.see import Shown, see, shown, taken_in
@@ -129,14 +130,15 @@ def test_a_comparison_on_pictures_has_a_gallery_and_kinds(folder: str, tmp_path:
     assert "What stays of the pictures" in page and "By kind of question" in page and page.count("data:image/jpeg") == 9
 
 
-def test_training_learns_something_in_a_few_steps() -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_learns_something_in_a_few_steps(variant: str) -> None:
     """The encoder's extra loss and the answers' loss fall on a batch that is shown again and again."""
     from laconic.models import train_shapes
 
     torch.manual_seed(0)
-    model = train_shapes.build_model()
+    model = train_shapes.build_model(variant)
     heads = train_shapes.Heads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
-    batch = train_shapes.SceneMaker(0).batch((56, 2, 24))
+    batch = train_shapes.SceneMaker(0, variant).batch((56, 2, 24))
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-3)
     before = None
     for _ in range(12):
