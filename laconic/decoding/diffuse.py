@@ -96,11 +96,11 @@ def _check_model(model: Any, method: DiffusionMethod) -> None:
     kind = getattr(text, "diffusion", None)
     if kind is None or getattr(text, "mask_token_id", None) is None:
         raise LaconicError(
-            f"{name} is no diffusion model: train one with python -m laconic.models.train_mask, or, if it was trained to fill in "
-            "masks, set config.diffusion to 'masked' or 'causal' and config.mask_token_id."
+            f"{name} is no diffusion model: give one such as the built-in 'mask', or, if it was trained to fill in masks, set "
+            "config.diffusion to 'masked' or 'causal' and config.mask_token_id."
         )
     if kind != method.kind:
-        fits = "causal attention" if method.kind == "causal" else "full attention"
+        fits = "causal attention" if method.kind == "causal" else "full attention, such as 'mask'"
         raise LaconicError(f"{method.id} needs a model that fills in masks with {fits}, and this one is '{kind}': use another.")
     if config._attn_implementation not in ATTENTION:
         raise LaconicError(

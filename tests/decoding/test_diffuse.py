@@ -206,7 +206,7 @@ def test_what_cannot_work_is_one_sentence(model):
             diffuse(model, prompt() if ids is None else ids, method, **{"max_new_tokens": 4, **options})
 
     plain = build()
-    refused("is no diffusion model: train one with python -m laconic.models.train_mask", plain)
+    refused("is no diffusion model: give one such as the built-in 'mask'", plain)
     refused("needs a model that fills in masks with full attention.* this one is 'causal'", make(kind="causal"))
     refused("needs a model that fills in masks with causal attention.* this one is 'masked'", method="wedlm")
     refused("'snapkv' does not decode a diffusion model", method="snapkv")
