@@ -60,7 +60,8 @@ def _in_proportion(weights: torch.Tensor, total: torch.Tensor, caps: torch.Tenso
     left = ordered.flip(-1).cumsum(-1).flip(-1)  # weight of a place and of those that are full later
     factor = (total - filled) / left
     open_from = (factor * ordered >= limit.gather(-1, order)).sum(-1, keepdim=True)
-    ideal = torch.minimum(limit, factor.gather(-1, open_from.clamp(max=factor.shape[-1] - 1)) * weights)
+    open_ = torch.minimum(limit, factor.gather(-1, open_from.clamp(max=factor.shape[-1] - 1)) * weights)
+    ideal = torch.where(order.argsort(dim=-1) < open_from, limit, open_)  # what is full is full, however little is left
     whole = (ideal + 1e-9).floor()
     missing = (total - whole.sum(-1, keepdim=True)).round()
     remainder = ((ideal - whole) * 1e9).round().masked_fill(whole >= limit, -1.0)  # rounded, so that equal ones tie
