@@ -110,8 +110,8 @@ def _check_folder(path: Path) -> None:
 
 
 def _suggest(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), builtin_models(), n=1, cutoff=0.5) or builtin_models()
-    return f", or use the built-in model '{near[0]}'" if near else ""
+    near = difflib.get_close_matches(name.lower(), builtin_models(), n=1, cutoff=0.5) or ["needle"]
+    return f", or use the built-in model '{near[0]}'"
 
 
 def _hub_answers() -> bool:
