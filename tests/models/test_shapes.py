@@ -155,6 +155,13 @@ def test_a_start_knows_most_of_what_it_comes_from() -> None:
     assert unexplained("shapes-merger", mean) < 0.5
 
 
+def test_a_merger_takes_over_the_encoder_of_siglip_as_it_is() -> None:
+    model = build_model("shapes-merger")
+    warm_start(model, "shapes-merger", "shapes-siglip")
+    own, known = find_eyes(model).tower.state_dict(), find_eyes(laconic.load("shapes-siglip")[0]).tower.state_dict()
+    assert own.keys() == known.keys() and all(torch.equal(own[name], known[name]) for name in own)
+
+
 def test_a_start_that_does_not_fit_is_refused() -> None:
     with pytest.raises(LaconicError, match="shapes-siglip cannot start from 'shapes-merger': give shapes or shapes-siglip"):
         warm_start(build_model("shapes-siglip"), "shapes-siglip", "shapes-merger")
