@@ -75,7 +75,7 @@ class CMAI(AttentionMethod):
         output = prefill_attention(
             call.query, keys, values, layer.shared_positions, scale=call.scale, window=call.window, softcap=call.softcap,
             reach=call.reach,
-        )  # fmt: skip
+        ).clone()  # fmt: skip  (rows are written into it, and its gradient may be worked out from what it was)
         for row, own in enumerate(rows_at(layer.request).to(kinds.device)):
             words = ((own >= 0) & (kinds[row, own.clamp(min=0)] == WORD)).nonzero()[:, 0]
             parts = words.split(ROWS)
