@@ -110,8 +110,7 @@ class LongHeads(ReadMethod):
         begin, end = layer.n - span, layer.n - span + (last - first) * size
         complete = begin >= 0 and bool((layer.positions[row, :, begin] == first * size).all())
         if not complete or span > queries.shape[2] or layer.values.shape[-1] != layer.keys.shape[-1]:
-            mean = torch.stack([self._mean(layer, row, number) for number in range(first, last)], dim=1)
-            return mean.repeat_interleave(heads // layer.heads, 0)
+            return self._means(layer, row, first, last).repeat_interleave(heads // layer.heads, 0)
         keys = self._turned(layer, layer.keys[row : row + 1, :, begin:end], first)[0]
         values, at = layer.values[row, :, begin:end], queries.shape[2] - span
         query = self._turned(layer, queries[row : row + 1, :, at : at + (last - first) * size], first)[0]
@@ -121,13 +120,21 @@ class LongHeads(ReadMethod):
             parts.append(_summaries(*part, scale=scale))
         return torch.cat(parts, dim=1)
 
-    def _mean(self, layer: KVLayer, row: int, number: int) -> torch.Tensor:
-        """Mean ``(kv_heads, head_dim)`` of what is left of a chunk."""
-        left = layer.positions[row] // self.chunk == number
-        keys = layer.keys[row]
-        if layer.rope is not None:
-            keys = layer.rope.rotate(keys, torch.full(left.shape, -number * self.chunk, device=keys.device))
-        return (keys.float() * left[..., None]).sum(1) / left.sum(-1, keepdim=True).clamp(min=1)
+    def _means(self, layer: KVLayer, row: int, first: int, last: int) -> torch.Tensor:
+        """Mean keys ``(kv_heads, last - first, head_dim)`` of what is left of chunks first..last-1 of one row."""
+        keys, number = layer.keys[row], layer.positions[row] // self.chunk - first
+        others = last - first  # one place more, for the entries of all other chunks
+        index = number.masked_fill((number < 0) | (number > others), others)
+        total = torch.zeros(len(keys), others + 1, keys.shape[-1], device=keys.device)
+        count = torch.zeros(len(keys), others + 1, 1, device=keys.device)
+        step = max(1, FLOATS // (len(keys) * keys.shape[-1]))
+        for low in range(int((number < 0).sum(-1).min()), layer.n, step):  # entries stand in the order of their positions
+            part, at = keys[:, low : low + step], index[:, low : low + step]
+            if layer.rope is not None:
+                part = layer.rope.rotate(part, -(at + first) * self.chunk)
+            total.scatter_add_(1, at[..., None].expand_as(part), part.float())
+            count.scatter_add_(1, at[..., None], torch.ones_like(part[..., :1], dtype=torch.float32))
+        return (total / count.clamp(min=1))[:, :-1]
 
     def _turned(self, layer: KVLayer, x: torch.Tensor, first: int | None) -> torch.Tensor:
         """The newest queries without their positions, or entries from chunk ``first`` on with positions in their chunk."""

@@ -16,7 +16,6 @@ from laconic.errors import LaconicError
 from laconic.profiles import Profile
 
 GOAL = "every method that reads a part: a decode step of 2,048 tokens read, faster than stock and than exact, at each length"
-LEFT_OUT = ("longheads",)  # attends inside every chunk once to sum it up: minutes for a cache that appears all at once
 LAYERS = 8  # a method may choose in one layer and read in the next; times are per layer
 
 
@@ -47,7 +46,7 @@ def recipes(kept: int, layers: int, shape: Shape, folder: Path) -> dict[str, str
     """
     found = {}
     for row in laconic.methods():
-        if row["verbs"][:1] != ["read"] or row["id"] in LEFT_OUT:
+        if row["verbs"][:1] != ["read"]:
             continue
         if row["id"] == "fasa":
             ranking = [[list(range(shape.head_dim // 2))] * shape.kv_heads] * layers
