@@ -13,6 +13,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from drawing import save, subplots
+
 import laconic
 
 SCORES = ("salience", "received", "novelty", "norm", "text")
@@ -82,14 +84,8 @@ def wilson(right: float, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def draw(grid: list[dict[str, Any]], dense: float, path: Path) -> None:
     """A heat map per budget: scores down, selections across."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "laconic", "font.size": 9})
-    from matplotlib import pyplot
-
     rows, columns = [*SCORES, "none"], [*SELECTIONS, *(s for s in BLIND if s not in SELECTIONS)]
-    figure, axes = pyplot.subplots(1, len(BUDGETS), figsize=(15, 4.6), sharey=True)
+    figure, axes = subplots(1, len(BUDGETS), figsize=(15, 4.6), sharey=True)
     for axis, budget in zip(axes, BUDGETS, strict=True):
         table = [[float("nan")] * len(columns) for _ in rows]
         for cell in grid:
@@ -106,8 +102,7 @@ def draw(grid: list[dict[str, Any]], dense: float, path: Path) -> None:
         axis.set_title(f"{budget} of the tokens")
     figure.suptitle(f"Right answers in per cent; dense {100 * dense:.0f}")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from drawing import save, subplots
 
 import laconic
 from laconic.bench.run import machine
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--canvas", type=int, default=128, help="new tokens that there is room for (default 128)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", help="these only")
-    parser.add_argument("--picture", type=Path, help="file for a picture, SVG")
+    parser.add_argument("--picture", type=Path, help="file for a picture, SVG; needs matplotlib, of the extra docs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, losses = [], {}
@@ -83,10 +84,10 @@ def main() -> None:
             speedup = None if method == ORACLE else first / row["seconds"]
             rows.append({"model": name, **row, "method": method, "speedup": speedup})
             print(f"{method}: {row['right']:.3f} right, {row['forwards']:.1f} forwards", file=sys.stderr, flush=True)
+    settings = {"samples": options.samples, "canvas": options.canvas, "seed": options.seed}
+    print(json.dumps({**settings, "text_loss": losses, "rows": rows, "machine": machine()}, indent=2), flush=True)
     if options.picture:
         draw([row for row in rows if row["model"] == options.model], options.picture)
-    settings = {"samples": options.samples, "canvas": options.canvas, "seed": options.seed}
-    print(json.dumps({**settings, "text_loss": losses, "rows": rows, "machine": machine()}, indent=2))
 
 
 def with_profile(method: str, profile: str | None) -> str:
@@ -176,13 +177,7 @@ def autoregressive(model: Any, canvas: int) -> Answer:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Right answers over forwards per question: a line per method over its settings, blocks of one length, no cache."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "laconic", "font.size": 9})
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    figure, axis = subplots(figsize=(7, 4.2))
     shown = [row for row in rows if "plan" not in row["method"] and "block" not in row["method"]]
     names = list(dict.fromkeys(row["method"].partition("(")[0] for row in shown if "window" not in row["method"]))
     for i, name in enumerate(names):
@@ -192,7 +187,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from drawing import save, subplots
+
 COSTS = (("bytes_read", "bytes read per step"), ("bytes_kept", "bytes kept"))
 
 
@@ -30,16 +32,12 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
     """One figure: a panel per cost, relative to dense."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "laconic", "font.size": 9})  # the same file for the same numbers
-    from matplotlib import pyplot
+    from matplotlib import colormaps
 
     dense = next(row for row in rows if row["method"] == "dense")
     names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
-    colours = pyplot.colormaps["tab20"].colors
-    figure, axes = pyplot.subplots(1, len(COSTS), figsize=(12, 5.2), sharey=True)
+    colours = colormaps["tab20"].colors
+    figure, axes = subplots(1, len(COSTS), figsize=(12, 5.2), sharey=True)
     for axis, (cost, label) in zip(axes, COSTS, strict=True):
         points = [(row[cost] / dense[cost], row["quality"]) for row in rows]
         front = pareto(points)
@@ -55,8 +53,7 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
     figure.suptitle(title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", frameon=False)
     figure.tight_layout(rect=(0, 0, 0.84, 1))
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def table(rows: list[dict]) -> str:

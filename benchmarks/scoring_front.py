@@ -11,16 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from drawing import save, subplots
+
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """One figure: a panel per case."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "laconic", "font.size": 9})  # the same file for the same numbers
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(4.2 * len(cases), 4.2), squeeze=False)
+    figure, axes = subplots(1, len(cases), figsize=(4.2 * len(cases), 4.2), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
         dense = case["dense_bytes"]
         ours = [row for row in case["rows"] if not row["known"]]
@@ -35,8 +31,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     axes[0][0].set_ylabel("recall of the best tokens' attention")
     axes[0][0].legend(frameon=False, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def table(cases: list[dict[str, Any]]) -> str:

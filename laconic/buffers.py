@@ -76,7 +76,7 @@ class Buffer:
     @property
     def bytes(self) -> int:
         """Of the entries held."""
-        return self._data.nbytes // self.capacity * self.n
+        return self.view().nbytes
 
     def _reallocate(self, capacity: int) -> None:
         data = empty((*self._data.shape[:2], capacity, *self._data.shape[3:]), self._data.dtype, self._data.device)

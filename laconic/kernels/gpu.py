@@ -80,15 +80,21 @@ def _attend(
 
 
 @triton.jit
-def _byte_keys(
-    keys, scales, pair, slot, stored, d, tokens, capacity,
-    DIM: tl.constexpr, TILE: tl.constexpr, QUAD: tl.constexpr, ZERO: tl.constexpr,
+def _keys_at(
+    keys, scales, base, pair, slot, stored, d, key_h, key_n,
+    EIGHT_BITS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, QUAD: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a row and head at ``slot``, from the tiles of ``KeyIndex``: ``tokens`` bytes and ``capacity`` scales each."""
-    row = pair.to(tl.int64) * tokens + slot // TILE * (TILE * DIM) + slot % TILE * QUAD
-    place = row[:, None] + d // QUAD * (TILE * QUAD) + d % QUAD
-    code = tl.load(keys + place, mask=stored[:, None] & (d < DIM), other=ZERO).to(tl.float32) - ZERO
-    return code * tl.load(scales + pair.to(tl.int64) * capacity + slot, mask=stored, other=0.0)[:, None]
+    """The keys of a row and head at ``slot``, float32: from ``base`` on, or eight-bit ones from the tiles of ``KeyIndex``, of
+    which a row and head has ``key_h`` bytes and ``key_n`` scales."""
+    there = stored[:, None] & (d < DIM)
+    if EIGHT_BITS:
+        row = pair.to(tl.int64) * key_h + slot // TILE * (TILE * DIM) + slot % TILE * QUAD
+        place = row[:, None] + d // QUAD * (TILE * QUAD) + d % QUAD
+        code = tl.load(keys + place, mask=there, other=ZERO).to(tl.float32) - ZERO
+        found = code * tl.load(scales + pair.to(tl.int64) * key_n + slot, mask=stored, other=0.0)[:, None]
+    else:
+        found = tl.load(keys + base + slot[:, None] * key_n + d, mask=there, other=0.0).to(tl.float32)
+    return found
 
 
 @triton.jit
@@ -112,12 +118,7 @@ def _vote_chunks(
     for at in range(chunk * CHUNK_N, (chunk + 1) * CHUNK_N, BLOCK_N):
         slot = (at + tl.arange(0, BLOCK_N)).to(tl.int64)
         seen = (slot >= first) & (slot < stop)
-        if EIGHT_BITS:
-            k = _byte_keys(keys, scales, pair, slot, seen, d, key_h, key_n, DIM, TILE, QUAD, ZERO)
-        else:
-            k = tl.load(
-                keys + key_base + slot[:, None] * key_n + d, mask=seen[:, None] & (d < DIM), other=0.0
-            ).to(tl.float32)
+        k = _keys_at(keys, scales, key_base, pair, slot, seen, d, key_h, key_n, EIGHT_BITS, DIM, TILE, QUAD, ZERO)
         logits = tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale
         if HAS_CAP:
             logits = softcap * (2 / (1 + tl.exp(-2 * logits / softcap)) - 1)
@@ -152,12 +153,7 @@ def _logit_chunks(
     stored = seen & (row >= tl.load(starts + pair))
     key_base = _base(key_bases, pair, b, h, key_b, key_h, RAGGED)
     q = tl.load(query + heads[:, None] * DIM + d, mask=(g[:, None] < group) & (d < DIM), other=0.0).to(tl.float32)
-    if EIGHT_BITS:
-        k = _byte_keys(keys, scales, pair, row, stored, d, key_h, key_n, DIM, TILE, QUAD, ZERO)
-    else:
-        k = tl.load(
-            keys + key_base + row[:, None] * key_n + d, mask=stored[:, None] & (d < DIM), other=0.0
-        ).to(tl.float32)
+    k = _keys_at(keys, scales, key_base, pair, row, stored, d, key_h, key_n, EIGHT_BITS, DIM, TILE, QUAD, ZERO)
     product = tl.where(seen[None, :], tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale, float("-inf"))
     tl.store(logits + heads[:, None] * n + slot, product, mask=(g[:, None] < group) & (slot < n))
 

@@ -9,6 +9,7 @@ the questions of :mod:`laconic.models.templates`, in turn.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ BLOCK = 16  # tokens that mask-causal learns to fill at a time
 KINDS = {"mask": "masked", "mask-causal": "causal"}  # what config.diffusion says
 
 
-def build_model(start: str, size: str = "mask") -> tuple[Any, Any]:
+def build_model(start: str | Path, size: str = "mask") -> tuple[Any, Any]:
     """The model ``start``, a built-in name or a folder, whose config now says that it fills in masks; and its tokenizer."""
     model, tokenizer = load(start, dtype="float32")
     if getattr(model.config, "diffusion", None) is None:

@@ -22,13 +22,21 @@ def laws(size: int = 3, seed: int = 1, sharp: float = 3.0) -> torch.Tensor:
     return (torch.rand(size, size, generator=dice(seed), dtype=torch.float64) * sharp).softmax(-1)
 
 
-def follows_the_law(tree: DraftTree, verifier, p: torch.Tensor, seed: int = 9) -> bool:
-    """Whether the first three tokens have the law of a model with table p."""
+def first_three(tree: DraftTree, verifier, p: torch.Tensor, seed: int = 9) -> torch.Tensor:
+    """How often each first three tokens came out, of a model with table p."""
     generator = dice(seed)
     verdict = match(tree, draw(p[tree.tokens], generator)) if verifier is match else verifier(tree, p[tree.tokens], generator)
     three = continued(tree, verdict, p, 3, generator)
-    counts = torch.bincount(three @ torch.tensor([9, 3, 1]), minlength=27)
-    return fits(counts, (p[0][:, None, None] * p[:, :, None] * p).flatten())
+    return torch.bincount(three @ torch.tensor([9, 3, 1]), minlength=27)
+
+
+def law_of_three(p: torch.Tensor) -> torch.Tensor:
+    return (p[0][:, None, None] * p[:, :, None] * p).flatten()
+
+
+def follows_the_law(tree: DraftTree, verifier, p: torch.Tensor) -> bool:
+    """Whether the first three tokens have the law of a model with table p."""
+    return fits(first_three(tree, verifier, p), law_of_three(p))
 
 
 @pytest.mark.parametrize(("kind", "method", "verifier"), [
@@ -42,6 +50,20 @@ def follows_the_law(tree: DraftTree, verifier, p: torch.Tensor, seed: int = 9) -
 def test_the_first_three_tokens_follow_the_model(kind, method, verifier):
     tree = draft(kind, method, laws(seed=2), rows=ROWS)
     assert follows_the_law(tree, verifier, laws(seed=1))
+
+
+@pytest.mark.parametrize("method", [
+    Speculative(budget=3, confidence=0.4), Speculative(branches="2x1", budget=4, confidence=0.4),
+], ids=str)  # fmt: skip
+def test_drafts_that_end_where_they_are_unsure_follow_the_law(method):
+    """One row at a time: a batch goes on while any row is sure."""
+    p, q, counts, sizes = laws(seed=1), laws(seed=2), torch.zeros(27, dtype=torch.int64), set()
+    for seed in range(4000):
+        tree = draft(FixedTree, method, q, seed=2 * seed)
+        sizes.add(tree.nodes)
+        counts += first_three(tree, rejection, p, 2 * seed + 1)
+    assert len(sizes) > 1, "some ended early, some did not"
+    assert fits(counts, law_of_three(p))
 
 
 GROWN = 10_000  # a wrong policy shifts some cell by 0.03, ten times what chance does here
