@@ -49,6 +49,7 @@ CAUSAL = (
     "wedlm(window=4, entropy=0.1)", "wedlm(window=4)", "wedlm(window=4, entropy=0.8)", "wedlm(contiguous=true)",
 )  # fmt: skip
 ORACLE = "oracle"
+TICKS = (1, 2, 3, 5, 10, 20, 50, 100)  # forwards, in the picture
 Answer = Callable[[torch.Tensor], tuple[torch.Tensor, int, int, int]]  # new ids, tokens, forwards, rows
 
 
@@ -183,7 +184,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for i, name in enumerate(names):
         own = sorted((row["forwards"], 100 * row["right"]) for row in shown if row["method"].partition("(")[0] == name)
         axis.plot(*zip(*own, strict=True), label=name, marker="os^Dv"[i % 5], markersize=5, linewidth=1)
-    axis.set(xscale="log", xlabel="forwards per question", ylabel="right answers, %", ylim=(0, None))
+    axis.set(xscale="log", xlabel="forwards per question", ylabel="right answers, %", ylim=(0, 100))
+    axis.set_xticks(TICKS, map(str, TICKS))
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.tight_layout()

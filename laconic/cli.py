@@ -398,7 +398,7 @@ def generate(
       laconic generate --method h2o:10% --json < long.txt
       laconic generate "Once upon a time" --model story --draft token_recycling --show-tree
       laconic generate "Her number is" --model story --regex " [0-9]{3}-[0-9]{4}"
-      laconic generate "sum: 12 + 7 =" --model mask --method local_leap
+      laconic generate "reverse: sea lamp tree =" --model mask --method local_leap
     """
     from laconic.evaluation.table import seconds, size
     from laconic.evaluation.workload import open_model
