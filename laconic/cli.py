@@ -28,6 +28,14 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by de
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Weights as float32, bfloat16, ...; by default as stored.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a local path, or a hub id.")]
 Seeing = Annotated[str, typer.Option("--model", "-m", help="A model that sees: the built-in one, a local path, or a hub id.")]
+Lengths = Annotated[str | None, typer.Option("--lengths", help="Prompt lengths (built-in tasks): 1024,4096")]
+Question = Annotated[
+    str, typer.Option("--question", help="seen: prefill the whole prompt; after: choose before seeing the question.")
+]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a different run in --output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")]
+PictureTask = Annotated[str, typer.Option("--task", "-t", help="shapes_vqa, pope, or FILE.jsonl with pictures.")]
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -142,16 +150,13 @@ def compare(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the report.")] = Path("laconic-report"),
     samples: Annotated[int | None, typer.Option("--samples", help="Number of examples in all.")] = None,
-    lengths: Annotated[str | None, typer.Option("--lengths", help="Prompt lengths (built-in tasks): 1024,4096")] = None,
+    lengths: Lengths = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the task's examples.")] = 0,
-    question: Annotated[
-        str,
-        typer.Option("--question", help="seen: prefill the whole prompt; after: choose before seeing the question."),
-    ] = "seen",
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = None,
+    question: Question = "seen",
+    max_new_tokens: MaxNewTokens = None,
     device: Device = None,
     dtype: Dtype = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different run in --output.")] = False,
+    overwrite: Overwrite = False,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -164,7 +169,7 @@ def compare(
         str | None, typer.Option("--batches", help="With --suite decoding: prompts at a time, by default 1,8.")
     ] = None,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compare methods x budgets on a workload: quality, bytes, time and memory, each beside dense.
@@ -297,18 +302,15 @@ def tune(
     samples: Annotated[
         int | None, typer.Option("--samples", help="Number of prompts: half to search, half to check. 60 for built-in tasks.")
     ] = None,
-    lengths: Annotated[str | None, typer.Option("--lengths", help="Prompt lengths (built-in tasks): 1024,4096")] = None,
+    lengths: Lengths = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the prompts, of their split and of the search.")] = 0,
-    question: Annotated[
-        str,
-        typer.Option("--question", help="seen: prefill the whole prompt; after: choose before seeing the question."),
-    ] = "seen",
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = None,
+    question: Question = "seen",
+    max_new_tokens: MaxNewTokens = None,
     device: Device = None,
     dtype: Dtype = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different run in --output.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables.")] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Find the cheapest recipe that keeps the quality: it searches methods, budgets and parameters on half of the prompts.
@@ -732,7 +734,7 @@ def sinks(
 @guarded
 def horizon(
     model: Seeing = "shapes",
-    task: Annotated[str, typer.Option("--task", "-t", help="shapes_vqa, pope, or FILE.jsonl with pictures.")] = "shapes_vqa",
+    task: PictureTask = "shapes_vqa",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Questions to measure on.")] = 24,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Picture tokens sampled in each.")] = 16,
     form: Annotated[str, typer.Option("--form", help="keep-one: each token alone; leave-one-out: all but each.")] = "keep-one",
@@ -773,7 +775,7 @@ def horizon(
 @guarded
 def dominance(
     model: Seeing = "shapes",
-    task: Annotated[str, typer.Option("--task", "-t", help="shapes_vqa, pope, or FILE.jsonl with pictures.")] = "shapes_vqa",
+    task: PictureTask = "shapes_vqa",
     method: Annotated[
         list[str] | None, typer.Option("--method", help="A recipe beside dense, divprune:10%; may be given several times.")
     ] = None,
