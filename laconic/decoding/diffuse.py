@@ -100,7 +100,7 @@ def _check_model(model: Any, method: DiffusionMethod) -> None:
             "config.diffusion to 'masked' or 'causal' and config.mask_token_id."
         )
     if kind != method.kind:
-        fits = "causal attention" if method.kind == "causal" else "full attention, such as 'mask'"
+        fits = "causal attention, such as 'mask-causal'" if method.kind == "causal" else "full attention, such as 'mask'"
         raise LaconicError(f"{method.id} needs a model that fills in masks with {fits}, and this one is '{kind}': use another.")
     if config._attn_implementation not in ATTENTION:
         raise LaconicError(

@@ -22,7 +22,8 @@ class WeDLM(DiffusionMethod):
 
     A forward takes the tokens of the window that are known, then ``window`` or fewer masks, at their true positions, behind the
     cache: a mask sees all that is known. Known tokens without a mask to their left are in the cache for good after it. Needs a
-    causal model that was trained to fill in masks (``config.diffusion = "causal"``), as `laconic.models.train_mask` does.
+    causal model that was trained to fill in masks (``config.diffusion = "causal"``), such as `mask-causal`. What lies behind an
+    end token is dropped as soon as one is filled in.
     """
 
     id: ClassVar[str] = "wedlm"
@@ -69,9 +70,8 @@ class WeDLM(DiffusionMethod):
         return None if self._complete(run) else done + front
 
     def _complete(self, run: Run) -> bool:
-        """Whether nothing is masked, or an end token has nothing masked before it; then the rest is cut off."""
-        known = run.open[0, run.start :].cumsum(0) == 0
-        ends = (run.ended()[0] & known).nonzero()[:, 0]
+        """Whether nothing is masked up to the first end token; what lies behind it is cut off, masked or not."""
+        ends = run.ended()[0].nonzero()[:, 0]
         if len(ends):
             run.cut(run.start + int(ends[0]) + 1)
         return not bool(run.open.any())
