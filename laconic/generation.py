@@ -63,8 +63,9 @@ def generate(
 
     Returns:
         ``text`` (a list for several prompts), ``model``, ``method``, ``guarantee``, ``prompt_tokens``, ``tokens`` (new ones),
-        ``prefill_s`` (until the first new token), ``decode_s`` (mean of the others; None when there are none), ``forwards``,
-        ``tokens_per_forward``, ``accepted`` (how often 0, 1, 2 ... drafted tokens were), ``draft_s``, ``draft_bytes``,
+        ``prefill_s`` (until the first new token; None where many texts or masks go on together), ``decode_s`` (mean of the
+        other tokens, or then of all; None when there are none), ``forwards``, ``tokens_per_forward``,
+        ``accepted`` (how often 0, 1, 2 ... drafted tokens were), ``draft_s``, ``draft_bytes``,
         ``satisfied`` (whether the constraint is; None without) and ``stats`` (see ``Handle.stats``). Counts are sums over the
         prompts. With ``awrs`` or ``masking`` also ``posterior``, the probability of each text, the likeliest first.
 
@@ -190,11 +191,10 @@ def _weighed(job: _Job, constraint: Constraint) -> tuple[list[list[int]], dict[s
 
 def _diffused(job: _Job) -> tuple[list[list[int]], dict[str, Any]]:
     """Masks that are filled in, many in a forward."""
-    times, shown = [time.perf_counter()], 0
+    begun, shown = time.perf_counter(), 0
 
     def tell(step: Any, answer: torch.Tensor) -> None:
         nonlocal shown
-        times.append(time.perf_counter())
         if job.writer is not None and step.done[0] > shown:
             job.writer.put(answer[0, shown : step.done[0]].tolist())
             shown = step.done[0]
@@ -207,11 +207,10 @@ def _diffused(job: _Job) -> tuple[list[list[int]], dict[str, Any]]:
         temperature=job.sampling.temperature, generator=torch.Generator(job.model.device).manual_seed(job.seed), on_step=tell,
     )  # fmt: skip
     rows = [row[:length] for row, length in zip(out.ids.tolist(), out.lengths, strict=True)]
-    longest = max(out.lengths)
     return rows, {
         "guarantee": recipe.methods[0].guarantee,
-        "prefill_s": times[1] - times[0],
-        "decode_s": (times[-1] - times[1]) / (longest - 1) if longest > 1 else None,
+        "prefill_s": None,  # a first token is nothing apart: the first forward may fill in many
+        "decode_s": (time.perf_counter() - begun) / max(out.lengths),
         "forwards": out.forwards,
         "tokens_per_forward": out.tokens_per_forward,
         "rows": out.rows,
