@@ -121,6 +121,26 @@ def test_the_full_budget_is_dense(name: str, kv_heads: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(positions, everything, strict=True))
 
 
+@functools.cache
+def local_and_global() -> torch.nn.Module:
+    """Layers with and without a window, each kind with its own rotary embedding."""
+    return build("gemma3", sharpen=2.0)
+
+
+COMPACT = [f"{name}(positions=compact)" for name, cls in METHODS.items() if "positions" in {f.name for f in fields(cls)}]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *COMPACT])
+def test_the_full_budget_is_dense_with_a_table_for_each_kind_of_layer(method: str) -> None:
+    model = local_and_global()
+    expected, everything = logits(model, "dense")
+    for recipe in {method, method if method == "dense" else f"{method}:4096"}:
+        for chunk in (None, 16):
+            got, positions = logits(model, recipe, chunk)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            assert all(torch.equal(a, b) for a, b in zip(positions, everything, strict=True))
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     """The slots of every partial read."""
@@ -277,8 +297,6 @@ def test_a_small_budget_changes_something_and_repeats(name: str) -> None:
 def test_a_window_is_respected_whatever_is_kept(name: str, architecture: str, reads: list[torch.Tensor]) -> None:
     """No read reaches beyond the sliding window, and every row and head reads something."""
     model = shared(architecture)
-    if architecture == "gemma3" and name == "expected_attention":
-        pytest.skip("refused: a model with a rotary embedding for each kind of layer is not understood")
     options = small(name, 4, 1, 2)
     kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * 2
     for cache, _, seen in steps(f"{name}{options}:8", reads, model):
