@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from laconic.layers import decoder_layers
 LAYOUTS = ("half", "interleaved")
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what an attention module calls its cache
 PLACE = 7  # position of the token by which a layout is told
+# layouts per model and layer, told once: a draft model's handle comes and goes with every draft
+_told: weakref.WeakKeyDictionary[torch.nn.Module, list[str | None]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,12 @@ def find_ropes(model: torch.nn.Module) -> list[Rope | None]:
         return [None] * count
     kinds = getattr(text, "layer_types", None) or [None] * count
     tables = [_frequencies(rotary, kind) for kind in kinds]
-    if "laconic_layouts" not in model.__dict__:  # told once per model: a draft model's handle comes and goes with every draft
-        told = [
+    if model not in _told:
+        _told[model] = [
             None if table is None else _layout(layer, rotary, kind, table, text.hidden_size)
             for layer, kind, table in zip(decoder_layers(model), kinds, tables, strict=True)
         ]
-        model.__dict__["laconic_layouts"] = told
-    layouts = model.__dict__["laconic_layouts"]
+    layouts = _told[model]
     usual = next((layout for layout in layouts if layout), LAYOUTS[0])
     return [
         None if layout is None else Rope(table, layout) if layout else Rope(table[:0], usual)

@@ -131,6 +131,21 @@ def test_every_layer_renumbers_by_its_own_table(recipe: str, monkeypatch: pytest
     assert min(far) > 1e-3  # by the other layer's table it would be something else
 
 
+@pytest.mark.parametrize("family", [family for family in vlm.FAMILIES if not family.startswith("qwen")])
+def test_behind_eyes_the_full_budget_is_dense_and_a_small_one_is_kept(family: str) -> None:
+    """Gemma 3 sees with two tables, and its picture tokens see each other."""
+    model, x = vlm.build(family), vlm.inputs(family, (1, 2))
+    real = x["attention_mask"].bool()
+    with torch.no_grad(), laconic.apply(model, "dense"):
+        expected = model(**x).logits[real]
+    for method in ("streaming(positions=compact)", "tokenselect(positions=compact)", "expected_attention"):
+        with torch.no_grad(), laconic.apply(model, f"{method}:4096"):
+            torch.testing.assert_close(model(**x).logits[real], expected, atol=1e-5, rtol=1e-5)
+        with torch.no_grad(), laconic.apply(model, f"{method}:22") as handle:
+            model.generate(**x, max_new_tokens=3, do_sample=False)
+            assert handle.stats()["kept"] <= 22
+
+
 def test_pictures_that_were_renumbered_are_not_renumbered_again() -> None:
     """Their positions do not say any more how far a key was turned."""
     model, x = vlm.build("llava"), vlm.inputs("llava", (1,))
