@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from laconic.attention import engine
 from laconic.attention.base import AttentionMethod
-from laconic.attention.rope import find_rope
+from laconic.attention.rope import find_ropes
 from laconic.cache import KVCache
 from laconic.errors import LaconicError
 from laconic.layers import LayerShrinker
@@ -61,7 +61,7 @@ class Handle:
         self.policy = engine.Policy(tuple(m for m in recipe.methods if isinstance(m, AttentionMethod)), measure=measure)
         self.policy.model = model
         self._layers = check_model(model)
-        self._rope = find_rope(model)
+        self._ropes = find_ropes(model)
         self._configs = _attention_configs(model)  # found once: a draft model's handle comes and goes with every draft
         self._depth = 0
         self._cache: KVCache | None = None
@@ -173,8 +173,9 @@ class Handle:
     def serve(self, cache: KVCache) -> None:
         """Makes this handle's policy serve ``cache``, which is the latest from now on."""
         cache.request.policy = self.policy
-        for layer in cache.layers:
-            layer.rope = self._rope
+        renumbered = self.entry is not None and self.entry.compact  # then positions do not say how far a key was turned
+        for layer, rope in zip(cache.layers, self._ropes, strict=True):
+            layer.rope = None if renumbered else rope
         self._cache = cache
 
     def before_forward(self, arguments: dict[str, Any]) -> dict[str, Any]:

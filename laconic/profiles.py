@@ -66,10 +66,10 @@ class Profile:
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """What tells a model from others: architecture, sizes, RoPE layout, and a hash of some of its weights."""
-    from laconic.attention.rope import find_rope
+    """What tells a model from others: architecture, sizes, RoPE (see ``describe``), and a hash of some of its weights."""
+    from laconic.attention.rope import describe, find_ropes
 
-    config, rope = model.config.get_text_config(), find_rope(model)
+    config = model.config.get_text_config()
     heads = config.num_attention_heads
     digest = hashlib.sha256()
     for _, weight in sorted(model.named_parameters())[:8]:
@@ -79,7 +79,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "rope": rope.layout if rope is not None else None,
+        "rope": describe(find_ropes(model)),
         "weights": digest.hexdigest()[:16],
     }
 
@@ -162,7 +162,7 @@ def find_profile(method: str, path: str, model: Any) -> dict[str, Any]:
     profile = _load(path)
     if profile.method != method:
         raise LaconicError(f"{quote(path)} is a profile for {profile.method}: make one for {method} with {command}.")
-    if model is not None and _known(model) != profile.model:
+    if model is not None and not _is_of(profile, model):
         raise LaconicError(f"The profile {quote(path)} is of another model: make one of this model with {command}.")
     return profile.tables
 
@@ -176,6 +176,12 @@ def layer_tables(method: str, path: str, layer: KVLayer) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)
 def _load(path: str) -> Profile:
     return Profile.load(path)
+
+
+def _is_of(profile: Profile, model: torch.nn.Module) -> bool:
+    """Whether the profile is of the model. One that does not say how keys are turned was made where that could not be told."""
+    known, said = _known(model), profile.model
+    return said == known or (said.get("rope", "") is None and {**known, "rope": None} == said)
 
 
 def _known(model: torch.nn.Module) -> dict[str, Any]:

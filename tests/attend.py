@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from laconic import Recipe
@@ -11,6 +13,7 @@ from laconic.attention.base import Call
 from laconic.attention.engine import Policy
 from laconic.attention.rope import Rope
 from laconic.cache import EMPTY, KVLayer, Request
+from laconic.kernels.ragged import dense
 
 SCALE = 0.7
 
@@ -80,3 +83,38 @@ def top(scores: dict[int, float], k: int) -> list[int]:
 def held(run: Run) -> list[list[list[int]]]:
     """Positions in the layer per row and head, without empty slots."""
     return [[[p for p in head if p >= 0] for head in row] for row in run.layer.positions.tolist()]
+
+
+class Seen(NamedTuple):
+    """One call of attention in one layer of a model: what the layer held then, new entries included, and what came out."""
+
+    layer: KVLayer
+    call: Call
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    output: torch.Tensor
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    """All calls of attention from now on, in order."""
+    calls: list[Seen] = []
+    original = Policy.attend
+
+    def attend(self: Policy, layer: KVLayer, call: Call) -> torch.Tensor:
+        before = [t.clone() for t in (dense(layer.keys), dense(layer.values), layer.positions)]
+        output = original(self, layer, call)
+        calls.append(Seen(layer, call, *before, output))
+        return output
+
+    monkeypatch.setattr(Policy, "attend", attend)
+    return calls
+
+
+def turn_by(model: Any, index: int, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """``x`` (n, head_dim) turned by ``at`` (n,) positions as layer ``index`` of a Gemma 3 does, from its configuration."""
+    theta = model.config.rope_parameters[model.config.layer_types[index]]["rope_theta"]
+    half = x.shape[-1] // 2
+    angle = at[:, None] * theta ** (-torch.arange(half) / half)
+    a, b = x[:, :half], x[:, half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)

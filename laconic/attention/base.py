@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from laconic.attention.rope import Rope
 from laconic.attention.search import Blocks, Tokens, search
 from laconic.cache import KVLayer
 from laconic.claims import Claim
@@ -106,6 +107,15 @@ class AttentionMethod(Method):
     def shortens_prompts(self) -> bool:
         """Whether it has an ``attend_prompt`` of its own."""
         return type(self).attend_prompt is not AttentionMethod.attend_prompt
+
+    def need_rope(self, layer: KVLayer) -> Rope:
+        """The layer's rotary embedding, for a method that cannot do without; a LaconicError where it is not known."""
+        self.require(
+            layer.rope is not None,
+            "it turns keys or queries, and cannot tell how this model does (M-RoPE, no rotary embedding, or pictures that are "
+            "renumbered): leave positions=keep here and for pictures, or take another method.",
+        )
+        return layer.rope
 
     def covers(self, layer: KVLayer, call: Call) -> bool:
         """Whether the budget already holds everything visible, so that there is nothing to leave out."""

@@ -150,8 +150,7 @@ class Policy:
         """The call with its queries, and the layer's keys, where a method that renumbers wants them."""
         if self.compacting is None:
             return call
-        known = "this model's rotary embedding is not understood, so positions=compact cannot work."
-        self.compacting.require(layer.rope is not None, known)
+        self.compacting.need_rope(layer)
         return dataclasses.replace(call, query=layer.renumber(call.query))
 
     def _select(self, layer: KVLayer, call: Call) -> Selection | None:

@@ -37,10 +37,9 @@ class ExpectedAttention(EvictMethod):
     epsilon: float = parameter(0.0, "added to the expected attention before it is multiplied by the value's length", least=0)
 
     def observe(self, layer: KVLayer, call: Call) -> None:
-        self.require(layer.rope is not None, "this model's rotary embedding is not understood, so queries cannot be moved.")
         new = call.query.shape[2]
         at = layer.shared_positions[:, :1, -new:]
-        query = layer.rope.rotate(call.query, -at.clamp(min=0)).float()
+        query = self.need_rope(layer).rotate(call.query, -at.clamp(min=0)).float()
         query = query.masked_fill((at < self.sinks)[..., None], 0.0)
         count = (at >= self.sinks).sum(-1).float()  # (batch, 1)
         now = (count, query.sum(2), query.transpose(-1, -2) @ query)

@@ -61,10 +61,9 @@ class FASA(ReadMethod):
         Returns:
             ``ranking``: ``[layers][kv_heads][pairs]``, best first; ``agreement``: the same shape; ``rope``: the layout.
         """
-        from laconic.attention.rope import find_rope
+        from laconic.attention.rope import LAYOUTS, find_ropes
 
-        rope = find_rope(model)
-        layout = "half" if rope is None else rope.layout
+        layout = next((rope.layout for rope in find_ropes(model) if rope is not None), LAYOUTS[0])  # one for all tables
         agreement = [table / len(texts) for table in _Agreement(layout).read(model, texts).layers]
         ranking = [table.argsort(dim=-1, descending=True, stable=True) for table in agreement]
         return {

@@ -54,8 +54,8 @@ class LongHeads(ReadMethod):
     def select(self, layer: KVLayer, call: Call) -> Selection | None:
         if self.covers(layer, call):
             return None
-        if self.positions == "compact" and layer.rope is None:
-            self.require(False, "this model's rotary embedding is not understood, so positions=compact cannot work.")
+        if self.positions == "compact":
+            self.need_rope(layer)
         new, starts, quota = call.query.shape[2], layer.starts(call.window), self.quota(layer, call)
         current = layer.lengths % self.chunk
         whole = ((quota - current) // self.chunk * self.chunk + current).clamp(min=self.sinks + self.recent)

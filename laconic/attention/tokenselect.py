@@ -59,8 +59,8 @@ class TokenSelect(ReadMethod):
     def select(self, layer: KVLayer, call: Call) -> Selection | None:
         if self.covers(layer, call):
             return None
-        if self.positions == "compact" and layer.rope is None:
-            self.require(False, "this model's rotary embedding is not understood, so positions=compact cannot work.")
+        if self.positions == "compact":
+            self.need_rope(layer)
         query = self._fingerprint(layer, call)
         slots, scored = self._remembered(layer, call, query)
         if slots is None:

@@ -82,15 +82,15 @@ class AttentionDebias(InsideMethod):
     def watched(self, *args: Any) -> None:
         self.inner.watched(*args)
 
-    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
-        return self.inner.stays(n, layers, given)
+    def stays(self, n: int, given: tuple[int, ...]) -> dict[int, int]:
+        return self.inner.stays(n, given)
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         slope = layer_tables(self.id, self.profile, layer)["slope"][layer.index]
         worth = self.inner.worth(layer, call)
         for held in pictures_in(layer):
             row, slots = held.row, held.slots
-            if self.faithful_code and layer.index > min(self.stays(held.size, layer.layers, held.given)):
+            if self.faithful_code and layer.index > min(self.plan(layer.request, held.size, held.given)):
                 continue
             worth[row, slots] /= (slope * held.places / held.size).exp()
             if self.padding:

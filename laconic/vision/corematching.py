@@ -60,8 +60,8 @@ class CoreMatching(InsideMethod):
         """Whether steps compute a part of the neurons (see ``StepNeurons``)."""
         return self.neurons < 1
 
-    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
-        return {self.last(layers): self.budget.tokens(n)}
+    def stays(self, n: int, given: tuple[int, ...]) -> dict[int, int]:
+        return {self.last(len(given)): self.budget.tokens(n)}
 
     def last(self, layers: int) -> int:
         """The last layer, from 0, of ``layers`` that computes the whole picture; the neurons are those of the one before."""

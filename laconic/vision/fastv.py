@@ -28,8 +28,8 @@ class FastV(InsideMethod):
 
     layers: int = parameter(2, "layers that see the whole picture", least=1, search=(1, 3))
 
-    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
-        return {min(self.layers, layers - 1) - 1: self.budget.tokens(n)}
+    def stays(self, n: int, given: tuple[int, ...]) -> dict[int, int]:
+        return {min(self.layers, len(given) - 1) - 1: self.budget.tokens(n)}
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         return attention_of_last(layer, call)

@@ -10,7 +10,7 @@ import torch
 
 from laconic.attention.base import AttentionMethod, Call
 from laconic.buffers import locate
-from laconic.cache import WORD, KVLayer
+from laconic.cache import WORD, KVLayer, Request
 from laconic.claims import Claim
 from laconic.kernels.ragged import dense
 from laconic.method import parameter
@@ -18,7 +18,7 @@ from laconic.primitives.merge import Merge
 from laconic.primitives.scores import attention_received, capped
 from laconic.vision.base import PICTURE_CLAIMS
 from laconic.vision.encoder import Want
-from laconic.vision.schedule import falling
+from laconic.vision.schedule import falling, thinned
 from laconic.vision.select import top
 
 
@@ -44,10 +44,21 @@ class InsideMethod(AttentionMethod):
         """What the attention of a vision encoder of ``depth`` blocks is asked for."""
         return set()
 
-    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
-        """After which layers, counted from 0, how many of a picture's ``n`` tokens are left, of which the first layer is
-        ``given`` so many."""
-        raise NotImplementedError
+    def stays(self, n: int, given: tuple[int, ...]) -> dict[int, int]:
+        """After which layers, counted from 0, how many of a picture's ``n`` tokens are left at most, of which each layer has
+        ``given`` so many without this method. Nothing where that is an outcome: no other method can plan with it."""
+        return {}
+
+    def plan(self, request: Request, n: int, given: int) -> dict[int, int]:
+        """``stays`` behind all methods that drop between layers and come before this one in the recipe; of the picture's ``n``
+        tokens the first layer is ``given`` so many."""
+        counts = (given,) * len(request.layers)
+        for other in request.policy.leavers if request.policy is not None else ():
+            if self is other or self is getattr(other, "inner", None):
+                break
+            if isinstance(other, InsideMethod):
+                counts = thinned(counts, other.stays(n, counts))
+        return self.stays(n, counts)
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         """Worth of every entry of the layer, float ``(batch, n)``; higher stays. Asked only in layers of ``stays``."""
@@ -62,8 +73,8 @@ class InsideMethod(AttentionMethod):
         if self.budget.is_full or layer.index == layer.layers - 1:
             return
         stays = worth = None
-        for picture in pictures_in(layer):
-            left = self.stays(picture.size, layer.layers, picture.given)
+        for picture in pictures_in(layer, onward=True):
+            left = self.plan(layer.request, picture.size, picture.given)
             if layer.index not in left:
                 continue
             if worth is None:
@@ -91,12 +102,12 @@ class InsideMethod(AttentionMethod):
 @dataclass(frozen=True, kw_only=True)
 class StagedMethod(InsideMethod):
     """Base of methods that keep the same share of a picture at the end of every stage of layers. The budget is the mean over the
-    layers; the share follows from it, and from what a method before the first layer has left (see ``falling``)."""
+    layers; the share follows from it, and from what methods before this one leave (see ``falling``)."""
 
     stages: int = parameter(4, "groups of layers that see the same tokens", least=2, search=(3, 6))
 
-    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
-        return falling(self.budget, n, layers, self.stages, given)
+    def stays(self, n: int, given: tuple[int, ...]) -> dict[int, int]:
+        return falling(self.budget, n, len(given), self.stages, given)
 
 
 @dataclass(frozen=True)
@@ -118,17 +129,23 @@ class Entries:
     given: int
 
 
-def pictures_in(layer: KVLayer) -> Iterator[Entries]:
-    """The pictures of the running forward, as far as the layer holds any of their tokens; none where none come in."""
+def pictures_in(layer: KVLayer, *, onward: bool = False) -> Iterator[Entries]:
+    """The pictures of the running forward, as far as the layer holds any of their tokens; none where none come in.
+
+    ``onward``: only tokens that no other method has dropped after this layer.
+    """
     pictures = layer.request.pictures
     if pictures is None:
         return
-    held = layer.shared_positions[:, 0]
+    held, living = layer.shared_positions[:, 0], layer.request.onward if onward else None
     for number in range(len(layer.request.looked)):
         own = pictures == number
         row = int(own.any(-1).nonzero()[0])
         positions = own[row].nonzero()[:, 0]
-        slots = torch.isin(held[row], positions).nonzero()[:, 0]
+        here = torch.isin(held[row], positions)
+        if living is not None:
+            here &= torch.isin(held[row], living[row])
+        slots = here.nonzero()[:, 0]
         if len(slots):
             places = torch.searchsorted(positions, held[row, slots])
             yield Entries(number, row, slots, places, len(positions), layer.request.looked[number].given)
@@ -155,7 +172,10 @@ def take_in(layer: KVLayer, picture: Entries, merge: Merge, *, adds: bool = Fals
     joins = (merge.into >= 0) & (merge.into != torch.arange(len(at), device=at.device))
     if bool(joins.any()):
         request.into = torch.full_like(request.pictures, -1) if request.into is None else request.into
-        request.into[picture.row, at[joins]] = at[merge.into[joins]]
+        into = request.into[picture.row]
+        into[at[joins]] = at[merge.into[joins]]
+        farther = into[into.clamp(min=0)]  # where another method let tokens join one that joins a third now
+        request.into[picture.row] = torch.where((into >= 0) & (farther >= 0), farther, into)
         if adds:
             request.adds = torch.zeros_like(request.into, dtype=torch.bool) if request.adds is None else request.adds
             request.adds[picture.row, at[joins]] = True

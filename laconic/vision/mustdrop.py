@@ -56,7 +56,7 @@ class MustDrop(StagedMethod):
         keys = ~everything(layer)
         for held in pictures_in(layer):
             picture = layer.request.looked[held.number]
-            left = min(self.stays(held.size, layer.layers, held.given).values())
+            left = min(self.plan(layer.request, held.size, held.given).values())
             count = min(math.ceil(self.key_share * held.size - 1e-9), left)
             best = torch.searchsorted(picture.cells, top(picture.salience(-1), count, picture.cells))
             keys[held.row, held.slots] = torch.isin(held.places, best)
@@ -65,7 +65,7 @@ class MustDrop(StagedMethod):
     def go_on(self, layer: KVLayer, stays: torch.Tensor) -> None:
         super().go_on(layer, stays)
         held = next(pictures_in(layer))
-        drops = list(self.stays(held.size, layer.layers, held.given))
+        drops = list(self.plan(layer.request, held.size, held.given))
         if not self.cut or layer.index != max(drops):
             return
         left = layer.shared_positions[:, 0].masked_fill(~stays, -1)

@@ -39,8 +39,8 @@ class RandomDrop(InsideMethod):
         super().check()
         self.require(0 < self.at < 1, "at is a share of the layers: give more than 0 and less than 1.")
 
-    def stays(self, n: int, layers: int, given: int) -> dict[int, int]:
-        return {layer_at(self.at, layers): self.budget.tokens(n)}
+    def stays(self, n: int, given: tuple[int, ...]) -> dict[int, int]:
+        return {layer_at(self.at, len(given)): self.budget.tokens(n)}
 
     def worth(self, layer: KVLayer, call: Call) -> torch.Tensor:
         worth = torch.zeros(layer.shared_positions[:, 0].shape, device=call.query.device)

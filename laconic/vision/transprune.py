@@ -44,8 +44,8 @@ class TransPrune(StagedMethod):
 
     def begins(self, request: Request) -> int:
         """The layer from which on changes add up: before the first drop, if that is not in the first layer."""
-        layers, picture = len(request.layers), request.looked[0]
-        return min(int(self.since * layers), *self.stays(len(picture.cells), layers, picture.given))
+        picture = request.looked[0]
+        return min(int(self.since * len(request.layers)), *self.plan(request, len(picture.cells), picture.given))
 
     def watched(self, request: Request, layer: int, part: str, given: torch.Tensor, made: torch.Tensor) -> None:
         first = self.begins(request)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import build, generate, prompt, shared
+from tiny import WINDOW, build, generate, prompt, shared
 
 import laconic
 from laconic import registry
@@ -119,6 +119,32 @@ def test_the_full_budget_is_dense(name: str, kv_heads: int) -> None:
             got, positions = logits(model, recipe, chunk)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             assert all(torch.equal(a, b) for a, b in zip(positions, everything, strict=True))
+
+
+@functools.cache
+def local_and_global() -> torch.nn.Module:
+    """Layers with and without a window, each kind with its own rotary embedding."""
+    return build("gemma3", sharpen=2.0)
+
+
+@functools.cache
+def dense_with_windows(chunk: int | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Of the same pieces: what has left a window goes between two of them."""
+    return logits(local_and_global(), "dense", chunk)
+
+
+COMPACT = [f"{name}(positions=compact)" for name, cls in METHODS.items() if "positions" in {f.name for f in fields(cls)}]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *COMPACT])
+def test_the_full_budget_is_dense_with_a_table_for_each_kind_of_layer(method: str) -> None:
+    for recipe in {method, method if method == "dense" else f"{method}:4096"}:
+        for chunk in (None, 16):
+            expected, everything = dense_with_windows(chunk)
+            got, positions = logits(local_and_global(), recipe, chunk)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            for held, all_held, sees in zip(positions, everything, (WINDOW, LENGTH), strict=True):  # behind it nobody looks
+                assert torch.equal(held[:, :, -sees:], all_held[:, :, -sees:])
 
 
 @pytest.fixture
@@ -277,8 +303,6 @@ def test_a_small_budget_changes_something_and_repeats(name: str) -> None:
 def test_a_window_is_respected_whatever_is_kept(name: str, architecture: str, reads: list[torch.Tensor]) -> None:
     """No read reaches beyond the sliding window, and every row and head reads something."""
     model = shared(architecture)
-    if architecture == "gemma3" and name == "expected_attention":
-        pytest.skip("refused: a model with a rotary embedding for each kind of layer is not understood")
     options = small(name, 4, 1, 2)
     kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * 2
     for cache, _, seen in steps(f"{name}{options}:8", reads, model):

@@ -6,10 +6,12 @@ from collections import defaultdict
 
 import pytest
 import torch
-from attend import SCALE, Run, held, random_qkv, top
-from tiny import build, generate, prompt, shared
+import vlm
+from attend import SCALE, Run, held, random_qkv, record, top, turn_by
+from tiny import WINDOW, build, generate, prompt, shared
 
 import laconic
+from laconic.attention.engine import Policy
 from laconic.attention.rope import Rope
 
 ROPE = Rope(torch.tensor([1.0, 0.3, 0.05, 0.01]))
@@ -90,9 +92,76 @@ def test_a_prompt_in_pieces_and_steps_stay_within_the_budget_of_positions() -> N
         assert handle.stats()["kept"] <= 20
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "h2o(recent=3, positions=compact):10",
+        "streaming(sinks=2, positions=compact):8",
+        "tokenselect(sinks=2, recent=3, refresh=2, positions=compact):8",  # reads a part, and evicts nothing
+    ],
+)
+def test_every_layer_renumbers_by_its_own_table(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local and a global layer of one model, whose frequencies differ: the output of steps, by hand from raw keys."""
+    model, calls, reads, far = build("gemma3", sharpen=2.0), record(monkeypatch), [], [0.0, 0.0]
+    select = Policy._select
+    monkeypatch.setattr(Policy, "_select", lambda *given: reads.append(select(*given)) or reads[-1])
+    with laconic.apply(model, recipe):
+        generate(model, prompt(2, 40, pads=PADS), 5)
+    steps = [(seen, read) for seen, read in zip(calls, reads, strict=True) if seen.call.decoding]
+    assert len(steps) == 8
+    for seen, read in steps:
+        index = seen.layer.index
+        assert (read is not None) == recipe.startswith("tokenselect")
+        for row in (0, 1):
+            own = int(seen.positions[row].max())
+            for head in range(4):
+                at = seen.positions[row, head // 2]
+                held = at >= (0 if index else max(0, own - WINDOW + 1))
+                slots = held.nonzero()[:, 0] if read is None else read.indices[row, 0]
+                assert len(slots) < own + 1 and bool(held[slots].all())
+                place, where = torch.arange(len(slots)), at[slots]
+                for table in (0, 1):
+                    keys = turn_by(model, table, seen.keys[row, head // 2, slots], place - where)
+                    query = turn_by(model, table, seen.call.query[row, head], place[-1:] - own)
+                    by_hand = ((query @ keys.T * seen.call.scale).softmax(-1) @ seen.values[row, head // 2, slots])[0]
+                    if table == index:
+                        torch.testing.assert_close(seen.output[row, head, 0], by_hand, atol=1e-4, rtol=1e-4)
+                    else:
+                        far[index] = max(far[index], float((seen.output[row, head, 0] - by_hand).abs().max()))
+    assert min(far) > 1e-3  # by the other layer's table it would be something else
+
+
+@pytest.mark.parametrize("family", [family for family in vlm.FAMILIES if not family.startswith("qwen")])
+def test_behind_eyes_the_full_budget_is_dense_and_a_small_one_is_kept(family: str) -> None:
+    """Gemma 3 sees with two tables, and its picture tokens see each other."""
+    model, x = vlm.build(family), vlm.inputs(family, (1, 2))
+    real = x["attention_mask"].bool()
+    with torch.no_grad(), laconic.apply(model, "dense"):
+        expected = model(**x).logits[real]
+    for method in ("streaming(positions=compact)", "tokenselect(positions=compact)", "expected_attention"):
+        with torch.no_grad(), laconic.apply(model, f"{method}:4096"):
+            torch.testing.assert_close(model(**x).logits[real], expected, atol=1e-5, rtol=1e-5)
+        with torch.no_grad(), laconic.apply(model, f"{method}:22") as handle:
+            model.generate(**x, max_new_tokens=3, do_sample=False)
+            assert handle.latest.request.figures[1]["kept"] <= 22  # a layer without a window, behind which nothing is counted
+
+
+def test_pictures_that_were_renumbered_are_not_renumbered_again() -> None:
+    """Their positions do not say any more how far a key was turned."""
+    model, x = vlm.build("llava"), vlm.inputs("llava", (1,))
+    for recipe in ("streaming(positions=compact):24", "expected_attention:24"):
+        with laconic.apply(model, f"uniform:8 + {recipe}"), torch.no_grad():
+            model(**x)
+        with laconic.apply(model, f"uniform(positions=compact):8 + {recipe}"), pytest.raises(laconic.LaconicError, match="keep"):
+            model(**x)
+
+
 def test_what_cannot_follow_is_refused() -> None:
-    with laconic.apply(shared("gemma3"), "h2o(positions=compact):24"), pytest.raises(laconic.LaconicError, match="rotary"):
-        generate(shared("gemma3"), prompt(1, 40), 2)
+    model, x = vlm.build("qwen2_vl"), vlm.inputs("qwen2_vl", (1,))
+    for method in ("h2o", "tokenselect", "longheads(chunk=4, ", "streaming"):
+        recipe = f"{method}positions=compact):14" if "(" in method else f"{method}(positions=compact):24"
+        with laconic.apply(model, recipe), pytest.raises(laconic.LaconicError, match="leave positions=keep here"):
+            model(**x)
     for other in ("tokenselect:8", "razor_attention:60%", "expected_attention:50%"):
         recipe = f"h2o(positions=compact):20 + {other}"
         with pytest.raises(laconic.LaconicError, match="renumbers"), laconic.apply(shared(), recipe):

@@ -192,12 +192,6 @@ def test_beyond_the_trained_length_no_rotation_is_larger_than_the_budget(monkeyp
     assert len(largest) > 20 and max(largest) < 24 + 8  # the budget and, in the prompt, the chunk
 
 
-def test_compact_positions_need_a_known_rope() -> None:
-    model = shared("gemma3")  # one table of frequencies per kind of layer
-    with laconic.apply(model, "tokenselect(positions=compact):24"), pytest.raises(laconic.LaconicError, match="rotary"):
-        generate(model, prompt(1, 40), 2)
-
-
 # --- with others -----------------------------------------------------------------------------------------------------
 def test_what_an_evictor_dropped_is_never_read(reads: list[torch.Tensor]) -> None:
     qkv = random_qkv(60, batch=1)

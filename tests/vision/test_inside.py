@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import vlm
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 
 import laconic
 from laconic.budget import Budget
+from laconic.primitives.merge import Merge
 from laconic.vision.adatoken3d import nucleus
 from laconic.vision.corematching import overlap
-from laconic.vision.schedule import falling, mean_over_layers
+from laconic.vision.inside import Entries, take_in
+from laconic.vision.schedule import falling, stepwise, thinned
 from laconic.vision.transprune import transition
 
 
@@ -187,7 +191,7 @@ def test_the_schedule_meets_the_mean_or_drops_as_early_as_it_can(layers: int, st
     mean = sum(counts) / layers / n
     assert counts == sorted(counts, reverse=True) and min(counts) >= 1
     assert abs(mean - share) < 0.01 or (ends[0] == 0 and mean > share)
-    assert mean_over_layers(1.0, [e + 1 for e in ends], layers) == pytest.approx(1.0)
+    assert stepwise(1.0, [e + 1 for e in ends], [n] * layers) == [n] * layers
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,13 +199,34 @@ def test_the_schedule_meets_the_mean_or_drops_as_early_as_it_can(layers: int, st
 def test_a_schedule_that_starts_with_less_meets_the_same_mean(layers: int, stages: int, share: float, left: float) -> None:
     n = 2880
     begins = max(1, round(left * n))
-    plan = falling(Budget(share=share), n, layers, stages, begins)
+    plan = falling(Budget(share=share), n, layers, stages, (begins,) * layers)
     counts = [begins]
     for layer in range(1, layers):
         counts.append(plan.get(layer - 1, counts[-1]))
     mean = sum(counts) / layers / n
     assert counts == sorted(counts, reverse=True) and min(counts) >= 1
     assert abs(mean - min(share, begins / n)) < 0.01 or (min(plan) == 0 and mean > share)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 40), st.integers(2, 6), st.floats(0.02, 0.99), st.dictionaries(st.integers(0, 38), st.floats(0.05, 1.0)),
+)
+def test_a_schedule_behind_other_drops_meets_the_same_mean(
+    layers: int, stages: int, share: float, drops: dict[int, float]
+) -> None:
+    n = 2880
+    before = thinned((n,) * layers, {layer: round(left * n) for layer, left in drops.items()})
+    by_hand = [min([n, *(round(left * n) for at, left in drops.items() if at < layer)]) for layer in range(layers)]
+    assert list(before) == by_hand
+    plan = falling(Budget(share=share), n, layers, stages, before)
+    counts = thinned(before, plan)
+    mean = sum(counts) / layers / n
+    assert list(counts) == sorted(counts, reverse=True)
+    assert all(a <= b for a, b in zip(counts, before, strict=True))
+    if share * n * layers >= sum(before):
+        assert counts == before
+    assert abs(mean - min(share, sum(before) / layers / n)) < 0.01 or (min(plan) == 0 and mean > share)
 
 
 STAGED = (
@@ -224,6 +249,47 @@ def test_a_budget_is_of_the_whole_picture_whatever_was_dropped_before(method: st
     assert layers[0] == first and layers[-1] < first
     assert sum(layers) / 3 == pytest.approx(0.25 * len(image), abs=1.0)
     assert counts(f"divprune:40% + {method}:60%") == [first] * 3  # which allows more than there is
+
+
+@pytest.mark.parametrize("second", STAGED)
+@pytest.mark.parametrize(
+    "first", ["fastv(layers=1):60%", "random_drop:30%", "pyramiddrop:70%", "visiondrop:70%", "sparsevlm:60%"]
+)
+def test_of_two_methods_between_layers_the_second_plans_with_what_the_first_leaves(
+    first: str, second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both drop after the same layer, or the second before the first: the mean is what the second budget says."""
+    monkeypatch.setattr("laconic.profiles.find_profile", lambda *_: {"slope": [0.0] * 3, "height": [1.0] * 3})
+    x = vlm.inputs("llava", (1,))
+    image = pictured(x)
+
+    def counts(recipe: str) -> list[int]:
+        return [len(set(layer) & set(image)) for layer in held("llava", recipe, x)]
+
+    alone, both = counts(first), counts(f"{first} + {second}:48%")
+    assert sum(alone) / 3 > 0.5 * len(image)
+    assert sum(both) / 3 == pytest.approx(0.48 * len(image), abs=1.0)
+    assert all(a <= b for a, b in zip(both, alone, strict=True))
+    assert counts(f"{first} + {second}:90%") == alone  # which allows more than there is
+
+
+def test_three_methods_between_layers_plan_one_after_another() -> None:
+    x = vlm.inputs("llava", (1,))
+    image = pictured(x)
+    recipe = "divprune:90% + fastv(layers=1):70% + visiondrop:60% + pyramiddrop:45%"
+    counts = [len(set(layer) & set(image)) for layer in held("llava", recipe, x)]
+    assert counts[0] == Budget.parse("90%").tokens(len(image))
+    assert sum(counts) / 3 == pytest.approx(0.45 * len(image), abs=1.0)
+
+
+def test_who_joined_a_token_that_joins_another_goes_along() -> None:
+    request = SimpleNamespace(into=None, adds=None, pictures=torch.zeros(1, 9, dtype=torch.int64))
+    layer = SimpleNamespace(request=request, shared_positions=torch.arange(9)[None, None])
+    first = Entries(0, 0, torch.tensor([2, 3, 4, 5]), torch.arange(4), 4, 4)
+    take_in(layer, first, Merge(torch.tensor([1, 1, 2, 3])))  # 2 joins 3
+    second = Entries(0, 0, torch.tensor([3, 4, 5]), torch.arange(1, 4), 4, 4)
+    take_in(layer, second, Merge(torch.tensor([2, 2, 2])))  # 3 and 4 join 5
+    assert request.into[0].tolist() == [-1, -1, 5, 5, 5, -1, -1, -1, -1]
 
 
 def test_each_picture_of_a_batch_falls_from_what_is_left_of_it() -> None:
