@@ -224,6 +224,8 @@ def check_model(model: torch.nn.Module) -> int:
         raise LaconicError(f"{name} attends in both directions: load it as a decoder (is_decoder=True).")
     if getattr(text, "num_kv_shared_layers", 0):
         raise LaconicError(f"{name} shares keys between layers, which laconic.apply does not support yet.")
+    if getattr(text, "kv_lora_rank", None):
+        raise LaconicError(f"{name} caches latents in place of keys (MLA), which laconic.apply does not support yet.")
     return text.num_hidden_layers
 
 

@@ -162,7 +162,7 @@ def find_profile(method: str, path: str, model: Any) -> dict[str, Any]:
     profile = _load(path)
     if profile.method != method:
         raise LaconicError(f"{quote(path)} is a profile for {profile.method}: make one for {method} with {command}.")
-    if model is not None and not _is_of(profile, model):
+    if model is not None and _known(model) != profile.model:
         raise LaconicError(f"The profile {quote(path)} is of another model: make one of this model with {command}.")
     return profile.tables
 
@@ -176,12 +176,6 @@ def layer_tables(method: str, path: str, layer: KVLayer) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)
 def _load(path: str) -> Profile:
     return Profile.load(path)
-
-
-def _is_of(profile: Profile, model: torch.nn.Module) -> bool:
-    """Whether the profile is of the model. One that does not say how keys are turned was made where that could not be told."""
-    known, said = _known(model), profile.model
-    return said == known or (said.get("rope", "") is None and {**known, "rope": None} == said)
 
 
 def _known(model: torch.nn.Module) -> dict[str, Any]:
