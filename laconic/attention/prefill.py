@@ -74,12 +74,14 @@ def sparse_prefill_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    gone: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """As ``prefill_attention``, but each block of query rows sees only the entries that are chosen for it.
 
     Args:
         blocks: for each block its first row, the row after its last, and its slots, int64 ``(batch, kv_heads or 1, k)``, -1 for
             an empty one, none twice; entries after a row are not seen by it. One block's keys and values are gathered at a time.
+        gone: int64 ``(batch, kv_heads, n)``: the first position whose query sees an entry no longer; None: all go on seeing it.
 
     Returns:
         ``(batch, heads, rows, head_dim)``, zero in rows of padding or without a visible entry; and the share of the visible
@@ -95,6 +97,8 @@ def sparse_prefill_attention(
         first = (own - window + 1).clamp(min=0) if window is not None else torch.zeros_like(own)
         at = take(positions, slots).masked_fill(slots < 0, EMPTY)[:, :, None]  # (batch, 1 or kv_heads, 1, k)
         visible = (at <= own) & (at >= first)
+        if gone is not None:
+            visible = visible & (take(gone, slots)[:, :, None] > own)
         chosen += visible.sum((-1, -2))
         pairs += _visible_entries(positions, own[..., 0], first[..., 0])
         if batch > 1:
