@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from laconic.attention.base import Call
-from laconic.attention.prefill import ROWS
+from laconic.attention.prefill import FOREVER, ROWS
 from laconic.buffers import find, take
 from laconic.cache import KVLayer
 from laconic.primitives.allocate import largest_remainder
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 ORDER, SPREAD = "tca_attention.order", "tca_attention.spread"
 WAITS, DROPPED = -1, 1 << 20  # the order of a token whose block is not thinned yet, and of one that goes
-FOREVER = 1 << 62  # the position at which an entry goes that stays
 BLOCKS = 64  # that are weighed, or compared with all, at a time
 
 
