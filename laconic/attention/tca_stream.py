@@ -179,17 +179,19 @@ class Stream:
 
     def _spread_before(self) -> torch.Tensor:
         """``(kv_heads, done)``: how little redundant the blocks are that were thinned before, -1 where nothing is left."""
-        method = self.method
-        behind = (self.order != DROPPED) & (self.at >= method.sinks) & (self.at < self.done * method.block)
         table = torch.full((len(self.at), self.done + 1), float(WAITS), device=self.at.device)
-        return table.scatter_(1, torch.where(behind, self.at // method.block, self.done), self.spread)[:, : self.done]
+        number = torch.where(self._left(), self.at // self.method.block, self.done)
+        return table.scatter_(1, number, self.spread)[:, : self.done]
 
     def _pool(self) -> Pool:
         """The entries behind the window that earlier calls have left."""
-        method = self.method
-        index = marked((self.order != DROPPED) & (self.at >= method.sinks) & (self.at < self.done * method.block))
+        index = marked(self._left())
         order, at = (t.gather(1, index.clamp(min=0)) for t in (self.order, self.at))
-        return Pool(index, order.long(), at.clamp(min=0) // method.block)
+        return Pool(index, order.long(), at.clamp(min=0) // self.method.block)
+
+    def _left(self) -> torch.Tensor:
+        """Marks them, ``(kv_heads, n)``."""
+        return (self.order != DROPPED) & (self.at >= self.method.sinks) & (self.at < self.done * self.method.block)
 
     def _weigh(self, begin: int, until: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The blocks from number ``begin`` on that leave the window at ``until`` (blocks,).
@@ -253,14 +255,12 @@ class Stream:
         self.gone[head[real], slots[real]] = until.expand_as(slots)[real]
         self.order[head[real], slots[real]] = DROPPED
 
-    def _fit(
-        self, pool: Pool, spread: torch.Tensor, slots: torch.Tensor, order: torch.Tensor, until: torch.Tensor
-    ) -> None:
+    def _fit(self, pool: Pool, spread: torch.Tensor, slots: torch.Tensor, order: torch.Tensor, until: torch.Tensor) -> None:
         """Takes the new blocks (see ``_weigh``) one by one, and drops what the limit has no room for whenever it is passed."""
-        due = {int(at): number for number, at in enumerate(until)}
+        due = set(until.tolist())
         over = {self.limit + 1} if self.first <= self.limit < self.length else set()
         taken = 0
-        for at in sorted(due.keys() | over):
+        for at in sorted(due | over):
             if at in due:
                 pool.add(slots[:, taken], order[:, taken], self.done + taken)
                 taken += 1

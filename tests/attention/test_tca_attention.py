@@ -60,6 +60,30 @@ def test_each_head_keeps_its_share_of_every_block(pads: tuple[int, int]) -> None
     assert run.layer.keys.numel() == int((run.layer.positions >= 0).sum()) * 8
 
 
+@pytest.mark.parametrize("window", [None, 60])
+def test_a_less_redundant_block_keeps_more(profile: dict[str, Any], window: int | None) -> None:
+    """Its place among the blocks before it says how many of the configuration's counts are left for it."""
+    profile["configurations"][1] = profile["configurations"][0] = [-1.0, 1.0]
+    run = Run("tca_attention(block=8, recent=6, sinks=0, queries=5)", random_qkv(150, batch=1, seed=2), 150, window=window)
+    run.piece(0, 150)
+    shares = distributions([[-1.0, 1.0]], 8)
+    for head in range(2):
+        spread: list[float] = []
+        stays: list[int] = []
+        for number in range((150 - 6) // 8):
+            due, begin = number * 8 + 14, number * 8
+            queries, keys = run.query[0, 2 * head : 2 * head + 2, due - 5 : due], run.keys[0, head, begin : begin + 8]
+            weights = (queries @ keys.T * SCALE).softmax(-1).flatten(0, 1).mean(0)
+            spread.append(float(effective_count(weights)))
+            low = 0 if window is None else math.ceil(max(0, due - window) / 8)  # blocks that are whole in the window
+            larger = sum(other >= spread[-1] for other in spread[low:-1])
+            counts = ranked_counts(shares, torch.tensor([number + 1 - low]), torch.tensor([[[larger]]]), 8)
+            best = weights.argsort(descending=True, stable=True)[: int(counts)]
+            stays += sorted((begin + best).tolist())
+        first = 0 if window is None else 150 - window
+        assert held(run)[0][head] == [t for t in [*stays, *range(144, 150)] if t >= first]
+
+
 @pytest.mark.usefixtures("profile")
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rows", [256, 24])
