@@ -210,8 +210,12 @@ def take(tensor: torch.Tensor | Ragged, slots: torch.Tensor) -> torch.Tensor:
 def locate(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Where in ``held`` (batch, heads or 1, n), ascending, each of ``wanted`` (batch, heads or 1, k) stands: int64
     ``(batch, heads, k)``, ascending; -1 in front for what is not held, and for a wanted -1."""
+    return find(held, wanted).sort(dim=-1).values
+
+
+def find(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """As ``locate``, each in the place of the wanted one."""
     heads = max(held.shape[1], wanted.shape[1])
     held, wanted = held.expand(-1, heads, -1).contiguous(), wanted.expand(-1, heads, -1).contiguous()
     found = torch.searchsorted(held, wanted).clamp(max=held.shape[-1] - 1)
-    absent = (wanted < 0) | (held.gather(2, found) != wanted)
-    return found.masked_fill(absent, -1).sort(dim=-1).values
+    return found.masked_fill((wanted < 0) | (held.gather(2, found) != wanted), -1)

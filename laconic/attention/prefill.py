@@ -11,6 +11,7 @@ from laconic.buffers import take
 from laconic.cache import EMPTY
 from laconic.primitives.scores import capped
 
+FOREVER = 1 << 62  # above all positions
 ROWS = 256  # rows per block where a mask is needed: the mask has ROWS x n entries, never n x n
 
 
@@ -74,12 +75,14 @@ def sparse_prefill_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    gone: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """As ``prefill_attention``, but each block of query rows sees only the entries that are chosen for it.
 
     Args:
         blocks: for each block its first row, the row after its last, and its slots, int64 ``(batch, kv_heads or 1, k)``, -1 for
             an empty one, none twice; entries after a row are not seen by it. One block's keys and values are gathered at a time.
+        gone: int64 ``(batch, kv_heads, n)``: the first position whose query sees an entry no longer; None: all go on seeing it.
 
     Returns:
         ``(batch, heads, rows, head_dim)``, zero in rows of padding or without a visible entry; and the share of the visible
@@ -91,18 +94,39 @@ def sparse_prefill_attention(
     output = query.new_zeros(batch, kv_heads, heads // kv_heads, rows, values.shape[-1])
     chosen, pairs = torch.zeros(batch, kv_heads, device=keys.device), torch.zeros(batch, kv_heads, device=keys.device)
     for begin, end, slots in blocks:
-        own = positions[:, :, n - rows + begin : n - rows + end, None]
+        own = positions[:, :, n - rows + begin : n - rows + end]
         first = (own - window + 1).clamp(min=0) if window is not None else torch.zeros_like(own)
-        at = take(positions, slots).masked_fill(slots < 0, EMPTY)[:, :, None]  # (batch, 1 or kv_heads, 1, k)
-        visible = (at <= own) & (at >= first)
-        chosen += visible.sum((-1, -2))
-        pairs += _visible_entries(positions, own[..., 0], first[..., 0])
+        at = take(positions, slots).masked_fill(slots < 0, EMPTY)
+        until = at + window if window is not None else torch.full_like(at, FOREVER)
+        if gone is not None:
+            until = torch.minimum(until, take(gone, slots))
+            at = at.expand_as(until)
+        visible, counts = _visible_rows(own, at, until)
+        chosen += counts.sum(-1)
+        pairs += _visible_entries(positions, own, first)
         if batch > 1:
             visible = visible.expand(-1, kv_heads, -1, -1)
         part = (grouped[..., begin:end, :], take(keys, slots), take(values, slots), visible[:, :, None])
         flat = (t.flatten(0, 1) for t in part)  # as the fused kernel wants it
-        output[..., begin:end, :] = masked_attention(*flat, scale, softcap).unflatten(0, (batch, kv_heads))
+        found = masked_attention(*flat, scale, softcap, blind=bool((counts == 0).any()))
+        output[..., begin:end, :] = found.unflatten(0, (batch, kv_heads))
     return output.view(batch, heads, rows, -1), float((chosen / pairs.clamp(min=1)).mean())
+
+
+def _visible_rows(own: torch.Tensor, at: torch.Tensor, until: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows see the entries at positions ``at`` (batch, heads, k), each before ``until``: bool ``(batch, heads, rows, k)``;
+    and how many entries a row sees, ``(batch, heads, rows)``.
+
+    ``own``: ``(batch, heads or 1, rows)``, ascending: the rows' positions. An entry is seen by a run of rows: two numbers of 32
+    bits are compared for each pair, and nothing is summed over pairs.
+    """
+    own, rows = own.expand(-1, at.shape[1], -1).contiguous(), own.shape[2]
+    first = torch.searchsorted(own, at.contiguous())
+    after = torch.where(at < 0, first, torch.searchsorted(own, until.contiguous()).maximum(first))
+    change = torch.zeros(*at.shape[:2], rows + 1, dtype=torch.int64, device=at.device)
+    change.scatter_add_(2, first, torch.ones_like(first)).scatter_add_(2, after, -torch.ones_like(after))
+    row = torch.arange(rows, dtype=torch.int32, device=at.device)[:, None]
+    return (row >= first.int()[:, :, None]) & (row < after.int()[:, :, None]), change.cumsum(-1)[..., :rows]
 
 
 def _visible_entries(positions: torch.Tensor, own: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -80,9 +80,10 @@ class TCAAttention(EvictMethod):
         queries, parts, probed = self._prepare(layer, call), [], 0.0
         for row, limit in enumerate(limits):
             stream, own = Stream.of(self, layer, call, row, limit, plan, queries[row]), slice(row, row + 1)
+            stream.thin()
             parts.append(sparse_prefill_attention(
                 call.query[own], layer.keys[own], layer.values[own], layer.shared_positions[own], stream.pieces(),
-                scale=call.scale, window=call.window, softcap=call.softcap,
+                scale=call.scale, window=call.window, softcap=call.softcap, gone=stream.gone[None],
             ))  # fmt: skip
             self._write(layer, row, stream)
             new, held = call.query.shape[2], layer.n - call.query.shape[2]
@@ -100,8 +101,7 @@ class TCAAttention(EvictMethod):
             if length >= min((done + 1) * self.block + self.recent, length + 1 if limit is None else limit + 1):
                 plan = plan or self._plan(layer)
                 stream = Stream.of(self, layer, call, row, limit, plan, queries[row])
-                for _ in stream.pieces():
-                    pass
+                stream.thin()
                 self._write(layer, row, stream)
 
     def keep(self, layer: KVLayer, call: Call) -> torch.Tensor | None:
@@ -125,9 +125,9 @@ class TCAAttention(EvictMethod):
 
     def _write(self, layer: KVLayer, row: int, stream: Stream) -> None:
         """What the stream has decided, into the tracks of its row."""
-        layer.tracks[ORDER].view()[row], layer.tracks[SPREAD].view()[row] = stream.tracks()
+        layer.tracks[ORDER].view()[row], layer.tracks[SPREAD].view()[row] = stream.order, stream.spread
         layer.memory[f"{self.id}.done"][row] = stream.done
-        dropped = bool((layer.tracks[ORDER].view()[row] == DROPPED).any())
+        dropped = bool((stream.order == DROPPED).any())
         layer.memory[f"{self.id}.drops"] = layer.memory.get(f"{self.id}.drops", False) or dropped
 
     def _limit(self, layer: KVLayer, call: Call, row: int) -> int | None:
@@ -186,20 +186,15 @@ class _Retained(Probe):
     def look(self, layer: KVLayer, call: Call) -> None:
         queries = self.method._prepare(layer, call)[0]
         rows = min(ROWS, call.query.shape[2])
-        dense = _last_weights(layer, call, rows)
+        dense, own = _last_weights(layer, call, rows), layer.positions[0, 0, -rows:, None]
         shares = distributions(configurations(self.method.block), self.method.block).to(dense.device)
         table = torch.ones(layer.heads, len(shares))
         for number, share in enumerate(shares):
             plan = Plan(0, share.expand(layer.heads, -1), torch.zeros(1, layer.heads))
-            kept = torch.zeros(rows, *dense.shape[:2], device=dense.device)  # (rows, kv_heads, group)
-            for begin, end, slots in Stream.of(self.method, layer, call, 0, None, plan, queries).pieces():
-                begin = max(begin, layer.n - rows)
-                if begin < end:
-                    own = dense[:, :, begin - layer.n + rows : end - layer.n + rows]
-                    index = slots[0, :, None, None].clamp(min=0).expand(-1, *own.shape[1:3], -1)
-                    held = own.gather(-1, index).masked_fill(slots[0, :, None, None] < 0, 0.0).sum(-1)
-                    kept[begin - layer.n + rows : end - layer.n + rows] = held.permute(2, 0, 1)
-            table[:, number] = kept.mean(0).amin(-1).cpu()
+            stream = Stream.of(self.method, layer, call, 0, None, plan, queries)
+            stream.thin()
+            kept = (dense * (stream.gone[:, None, None] > own)).sum(-1)  # (kv_heads, group, rows)
+            table[:, number] = kept.mean(-1).amin(-1).cpu()
         self.found[layer.index] = self.found.get(layer.index, 0) + table
 
 

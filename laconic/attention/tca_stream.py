@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from laconic.attention.base import Call
-from laconic.buffers import locate, take
+from laconic.attention.prefill import FOREVER, ROWS
+from laconic.buffers import find, take
 from laconic.cache import KVLayer
 from laconic.primitives.allocate import largest_remainder
 from laconic.primitives.scores import capped
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ORDER, SPREAD = "tca_attention.order", "tca_attention.spread"
 WAITS, DROPPED = -1, 1 << 20  # the order of a token whose block is not thinned yet, and of one that goes
+BLOCKS = 64  # that are weighed, or compared with all, at a time
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ def distributions(pairs: Sequence[Sequence[float]], block: int) -> torch.Tensor:
     return (-(distance**2) / (2 * sigma.clamp(min=1e-3) ** 2)).softmax(-1)
 
 
-def ranked_counts(shares: torch.Tensor, blocks: int, block: int) -> torch.Tensor:
-    """Tokens that ``blocks`` blocks keep, the largest number first: int64 ``(heads, blocks)``, by largest remainders of
-    ``shares`` (heads, sizes)."""
-    total = torch.full(shares.shape[:1], blocks, device=shares.device)
-    number = largest_remainder(shares.flip(-1), total, total[:, None].expand(shares.shape))
-    place = torch.arange(blocks, device=shares.device).expand(len(shares), -1).contiguous()
-    return sizes(block).to(shares.device).flip(0)[torch.searchsorted(number.cumsum(-1), place, right=True)]
+def ranked_counts(shares: torch.Tensor, blocks: torch.Tensor, place: torch.Tensor, block: int) -> torch.Tensor:
+    """Tokens that the block at ``place`` (heads, any, k) of ``blocks`` (any,) keeps, the first most: int64 ``(heads, any, k)``.
+
+    ``shares`` (heads, sizes): of the blocks, that keep so many; by largest remainders.
+    """
+    total = blocks.expand(len(shares), -1)
+    weights = shares.flip(-1)[:, None].expand(-1, total.shape[1], -1)
+    number = largest_remainder(weights, total, total[..., None].expand(weights.shape))
+    return sizes(block).to(shares.device).flip(0)[torch.searchsorted(number.cumsum(-1), place.contiguous(), right=True)]
 
 
 def blocks_done(layer: KVLayer, block: int) -> torch.Tensor:
@@ -69,16 +73,42 @@ def blocks_done(layer: KVLayer, block: int) -> torch.Tensor:
 
 
 @dataclass
+class Pool:
+    """Entries behind the window that a limit leaves, per KV head, -1 in front in ``slots`` where a head has fewer.
+
+    Attributes:
+        slots, order, number: ``(kv_heads, any)``: where they stand, their rank in their block, and its number.
+    """
+
+    slots: torch.Tensor
+    order: torch.Tensor
+    number: torch.Tensor
+
+    def add(self, slots: torch.Tensor, order: torch.Tensor, number: int) -> None:
+        """The entries of a block, ``(kv_heads, block)``."""
+        self.slots, self.order = torch.cat([self.slots, slots], 1), torch.cat([self.order, order], 1)
+        self.number = torch.cat([self.number, torch.full_like(slots, number)], 1)
+
+    def keep(self, stays: torch.Tensor) -> torch.Tensor:
+        """Leaves those that are marked, ``(kv_heads, any)``; the slots of the others, the rest -1."""
+        lost = self.slots.masked_fill(stays, -1)
+        index = marked(stays)
+        slots, self.order, self.number = (t.gather(1, index.clamp(min=0)) for t in (self.slots, self.order, self.number))
+        self.slots = slots.masked_fill(index < 0, -1)
+        return lost
+
+
+@dataclass
 class Stream:
-    """One row's text as it comes in: which entries behind the window its tokens may see, per KV head.
+    """One row's text as it comes in: until when its tokens see which entries behind the window, per KV head.
 
     Attributes:
         at: ``(kv_heads, n)``: the position of each slot. first, length: tokens before this call and after it.
         queries: ``(heads, any, head_dim)``: those of the newest tokens, of this call and some before it.
-        slots, order, number, stays: ``(kv_heads, pool)``: the entries behind the window that may still be chosen, -1 in front
-            in ``slots`` where a head has fewer; their rank in their block; its number; whether they are chosen now.
-        spread: ``(kv_heads, blocks)``: how little redundant each block is.
-        done: blocks that are behind the window. settled: those of them that lose nothing more unless the limit asks for it.
+        order: ``(kv_heads, n)``: rank of each entry in its block; ``WAITS`` before it has one, ``DROPPED`` when it goes.
+        spread: ``(kv_heads, n)``: how little redundant its block is.
+        gone: ``(kv_heads, n)``: the first position whose query sees it no longer.
+        done: blocks that are behind the window.
     """
 
     method: TCAAttention
@@ -91,13 +121,10 @@ class Stream:
     first: int
     length: int
     queries: torch.Tensor
-    slots: torch.Tensor
     order: torch.Tensor
-    number: torch.Tensor
-    stays: torch.Tensor
     spread: torch.Tensor
+    gone: torch.Tensor
     done: int
-    settled: int
     probed: int = 0  # pairs of query and key that were computed to weigh tokens, per query head
 
     @classmethod
@@ -107,143 +134,171 @@ class Stream:
         """The text of ``row`` up to this call, and ``queries`` (heads, any, head_dim) up to its newest token."""
         at = layer.positions[row].contiguous()
         length, new, done = int(layer.lengths[row]), call.query.shape[2], int(layer.memory[f"{method.id}.done"][row])
-        order, spread = (layer.tracks[name].view()[row] for name in (ORDER, SPREAD))
-        held = (at >= method.sinks) & (at < done * method.block) & (order != DROPPED)
-        slots, (order, spread) = compact_slots(held, order, spread)
-        number = at.gather(1, slots.clamp(min=0)).clamp(min=0) // method.block
-        table = torch.full((len(at), done + 1), float(WAITS), device=at.device)
-        table.scatter_(1, torch.where(slots < 0, done, number), spread)
+        order, spread = (layer.tracks[name].view()[row].clone() for name in (ORDER, SPREAD))
+        gone = torch.where(order == DROPPED, 0, FOREVER).to(at)
         queries = queries[:, -max(length, 1) :]
-        return cls(
-            method, layer, call, row, limit, plan, at, length - min(new, length), length, queries, slots, order, number,
-            slots >= 0, table[:, :done], done, done,
-        )  # fmt: skip
+        first = length - min(new, length)
+        return cls(method, layer, call, row, limit, plan, at, first, length, queries, order, spread, gone, done)
 
     def pieces(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """For ``sparse_prefill_attention``: rows that see the same thinned blocks, and all that they see."""
-        at, shift = self.first, self.call.query.shape[2] - self.length
-        while at < self.length:
-            due = (self.done + 1) * self.method.block + self.method.recent
-            over = self.length + 1 if self.limit is None or self.limit < at else self.limit + 1
-            until = max(min(due, over), at + 1)  # a block may be overdue: it was there before the method
-            yield at + shift, min(until, self.length) + shift, self.visible(min(until, self.length))
-            at = until
-            if until <= self.length and until >= min(due, over):
-                if until >= due:
-                    self.take(until)
-                self.choose(until)
+        """For ``sparse_prefill_attention``: blocks of rows, and what is seen by any row of each."""
+        shift = self.call.query.shape[2] - self.length
+        for begin in range(self.first, self.length, ROWS):
+            end = min(begin + ROWS, self.length)
+            seen = (self.at >= 0) & (self.at < end) & (self.gone > begin)
+            if self.call.window is not None:
+                seen = seen & (self.at > begin - self.call.window)
+            yield begin + shift, end + shift, marked(seen)[None]
 
-    def visible(self, until: int) -> torch.Tensor:
-        """Slots ``(1, kv_heads, any)`` of the sinks, of what is chosen, and of all before ``until`` that is not thinned."""
-        begin, device = self.done * self.method.block, self.at.device
-        sinks = torch.arange(min(self.method.sinks, begin), device=device)
-        whole = torch.cat([sinks, torch.arange(begin, until, device=device)])
-        index, (slots,) = compact_slots(self.stays, self.slots)
-        return torch.cat([slots.masked_fill(index < 0, -1), locate(self.at[None], whole[None, None])[0]], dim=1)[None]
+    def thin(self) -> None:
+        """Thins out what leaves the window in this call: by the configurations, or further if there is a limit."""
+        until, before = self._due(), self._spread_before()
+        parts = [self._weigh(self.done + i, until[i : i + BLOCKS]) for i in range(0, max(1, len(until)), BLOCKS)]
+        slots, order, spread = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        pool = self._pool()
+        real, (head, block, _) = slots >= 0, (slots >= 0).nonzero(as_tuple=True)
+        self.order[head, slots[real]], self.spread[head, slots[real]] = order[real].int(), spread[head, block]
+        if self.limit is None:
+            lost = real & (order >= self._counts(torch.cat([before, spread], 1), until)[..., None])
+            self._drop(slots.masked_fill(~lost, -1).flatten(1), until.repeat_interleave(self.method.block))
+        else:
+            self._fit(pool, torch.cat([before, spread], 1), slots, order, until)
+        self.done += len(until)
+        if self.call.window is not None:  # what no later query can see
+            self.order[(self.order != WAITS) & (self.at < self.length - self.call.window)] = DROPPED
 
-    def take(self, until: int) -> None:
-        """Takes the next block in, and ranks its tokens once and for all."""
-        method, block = self.method, self.method.block
-        wanted = torch.arange(max(self.done * block, method.sinks), (self.done + 1) * block, device=self.at.device)
-        slots = locate(self.at[None], wanted[None, None])[0]
-        number, order = torch.full_like(slots, self.done), torch.zeros_like(slots)
-        self.done += 1
-        self.spread = torch.nn.functional.pad(self.spread, (0, 1), value=float(WAITS))
-        self.slots, self.number = torch.cat([self.slots, slots], 1), torch.cat([self.number, number], 1)
-        self.order, self.stays = torch.cat([self.order, order], 1), torch.cat([self.stays, slots >= 0], 1)
+    def _due(self) -> torch.Tensor:
+        """Of every block that leaves the window in this call, the position from which on it is thinned: int64 ``(blocks,)``.
+
+        One that is overdue, for it was there before the method, comes a token after the one before it.
+        """
+        method, device = self.method, self.at.device
+        number = torch.arange(self.done, max(self.done, (self.length - method.recent) // method.block), device=device)
+        until = torch.maximum((number + 1) * method.block + method.recent, self.first + 1 + number - self.done)
+        return until[until <= self.length]
+
+    def _spread_before(self) -> torch.Tensor:
+        """``(kv_heads, done)``: how little redundant the blocks are that were thinned before, -1 where nothing is left."""
+        table = torch.full((len(self.at), self.done + 1), float(WAITS), device=self.at.device)
+        number = torch.where(self._left(), self.at // self.method.block, self.done)
+        return table.scatter_(1, number, self.spread)[:, : self.done]
+
+    def _pool(self) -> Pool:
+        """The entries behind the window that earlier calls have left."""
+        index = marked(self._left())
+        order, at = (t.gather(1, index.clamp(min=0)) for t in (self.order, self.at))
+        return Pool(index, order.long(), at.clamp(min=0) // self.method.block)
+
+    def _left(self) -> torch.Tensor:
+        """Marks them, ``(kv_heads, n)``."""
+        return (self.order != DROPPED) & (self.at >= self.method.sinks) & (self.at < self.done * self.method.block)
+
+    def _weigh(self, begin: int, until: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The blocks from number ``begin`` on that leave the window at ``until`` (blocks,).
+
+        Returns:
+            ``(kv_heads, blocks, block)``: their slots, -1 for sinks; the rank of each in its block by the mean weight that the
+            newest queries give it there. ``(kv_heads, blocks)``: how little redundant each block is.
+        """
+        method, blocks = self.method, len(until)
+        wanted = torch.arange(begin * method.block, (begin + blocks) * method.block, device=self.at.device)
+        wanted = wanted.masked_fill(wanted < method.sinks, -1)
+        slots = find(self.at[None], wanted[None, None])[0]
+        keys = take(self.layer.keys[self.row : self.row + 1], slots[None])[0].float().unflatten(1, (blocks, method.block))
+        slots = slots.unflatten(1, (blocks, method.block))
+        queries, known = self._probes(begin, until)
+        self.probed += int((known.sum(-1) * (wanted >= 0).view(blocks, method.block).sum(-1)).sum())
+        logits = capped(queries.flatten(2, 3) @ keys.transpose(-1, -2) * self.call.scale, self.call.softcap)
+        weight = logits.masked_fill(slots[:, :, None] < 0, float("-inf")).softmax(-1).nan_to_num(0.0)
+        weight = weight.unflatten(2, queries.shape[2:4]).mean(2)  # (kv_heads, blocks, queries, block)
+        weight = (weight * known[..., None]).sum(2) / known.sum(-1, keepdim=True)
+        rank = weight.masked_fill(slots < 0, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        spread = effective_count(weight) if method.redundancy == "entropy" else key_spread(keys, slots >= 0)
+        return slots, rank, spread.masked_fill((slots < 0).all(-1), float(WAITS))
+
+    def _probes(self, begin: int, until: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The newest queries before ``until`` (blocks,), ``(kv_heads, blocks, group, count, head_dim)``; and which are any, bool
+        ``(blocks, count)``.
+
+        None of them lies before the end of its block, so that each sees all of it.
+        """
+        method, held = self.method, self.queries.shape[1]
+        ends = (torch.arange(begin, begin + len(until), device=until.device) + 1) * method.block
+        count = method.queries
         if method.probe == "last":
-            until = min(until, max(self.done * block, self.length - self.queries.shape[1] + 1))
-        queries = self._probes(until, 1 if method.probe == "last" else method.queries)
-        order, spread = self._weigh(queries, slots, torch.zeros_like(slots), 1)
-        self.order[:, self.order.shape[1] - slots.shape[1] :], self.spread[:, -1:] = order, spread
+            count, until = 1, torch.minimum(until, ends.clamp(min=self.length - held + 1))
+        newest = held - (self.length - until)  # how many of the queries are before ``until``
+        place = torch.arange(-count, 0, device=until.device)
+        known = -place <= torch.minimum(newest, until - ends + 1).clamp(min=1)[:, None]
+        queries = self.queries[:, (newest[:, None] + place).clamp(min=0)].float()
+        return queries.unflatten(0, (len(self.at), -1)).transpose(1, 2), known
 
-    def choose(self, until: int) -> None:
-        """Marks what stays of the pool, as its configuration or the limit says, for the tokens from ``until`` on."""
-        if not self.done or (self.limit is not None and until <= self.limit):
-            return
-        low = 0 if self.call.window is None else max(0, until - self.call.window) // self.method.block
-        there = self.slots >= 0
+    def _counts(self, spread: torch.Tensor, until: torch.Tensor) -> torch.Tensor:
+        """Tokens that each new block keeps, ``(kv_heads, blocks)``, by its place among those before it that are whole in sight.
+
+        ``spread``: ``(kv_heads, all blocks)``: how little redundant each is.
+        """
+        number = torch.arange(spread.shape[1], device=until.device)
+        new = number[self.done :]
+        low = torch.zeros_like(new)
         if self.call.window is not None:
-            there = there & (self.at.gather(1, self.slots.clamp(min=0)) >= until - self.call.window)
-        blocks, number = self.done - low, (self.number - low).clamp(min=0)
+            low = torch.minimum(-((self.call.window - until).clamp(max=0) // self.method.block), new)
+        places = [
+            ((spread[:, None] >= spread[:, i, None]) & (number >= low[i - self.done, None]) & (number < i[:, None])).sum(-1)
+            for i in new.split(BLOCKS)
+        ]
+        return ranked_counts(self.plan.shares, new + 1 - low, torch.cat(places, 1)[..., None], self.method.block)[..., 0]
+
+    def _drop(self, slots: torch.Tensor, until: torch.Tensor) -> None:
+        """From ``until`` (any,) on, entries ``slots`` (kv_heads, any), -1 for none, are not seen."""
+        real, head = slots >= 0, torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
+        self.gone[head[real], slots[real]] = until.expand_as(slots)[real]
+        self.order[head[real], slots[real]] = DROPPED
+
+    def _fit(self, pool: Pool, spread: torch.Tensor, slots: torch.Tensor, order: torch.Tensor, until: torch.Tensor) -> None:
+        """Takes the new blocks (see ``_weigh``) one by one, and drops what the limit has no room for whenever it is passed."""
+        due = set(until.tolist())
+        over = {self.limit + 1} if self.first <= self.limit < self.length else set()
+        taken = 0
+        for at in sorted(due | over):
+            if at in due:
+                pool.add(slots[:, taken], order[:, taken], self.done + taken)
+                taken += 1
+            if at > self.limit and self.done + taken:
+                lost = pool.keep(self._stays(pool, spread[:, : self.done + taken], at))
+                self._drop(lost, torch.tensor([at], device=lost.device))
+
+    def _stays(self, pool: Pool, spread: torch.Tensor, until: int) -> torch.Tensor:
+        """Marks what stays of the pool, as the limit says, for the tokens from ``until`` on.
+
+        ``spread``: ``(kv_heads, blocks)``: of all blocks so far. They keep tokens in the proportions of their configuration, and
+        each keeps one while the limit has room for that.
+        """
+        low = 0 if self.call.window is None else max(0, until - self.call.window) // self.method.block
+        there, blocks = pool.slots >= 0, spread.shape[1] - low
+        if self.call.window is not None:
+            there = there & (self.at.gather(1, pool.slots.clamp(min=0)) >= until - self.call.window)
+        number = (pool.number - low).clamp(min=0)
         held = torch.zeros(len(self.at), max(blocks, 1), dtype=torch.int64, device=self.at.device)
         held.scatter_add_(1, number, there.long())
         if blocks > 0:
-            spread = self.spread[:, low:].masked_fill(held == 0, float(WAITS))
-            place = spread.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            wanted = ranked_counts(self.plan.shares, blocks, self.method.block).gather(1, place)
-            held = self._divide(wanted, held, until, low)
-        self.stays = there & (self.order < held.gather(1, number))
-        self.settled = self.done
-        index, (slots, self.order, self.number) = compact_slots(self.stays, self.slots, self.order, self.number)
-        self.slots = slots.masked_fill(index < 0, -1)
-        self.stays = self.slots >= 0
+            worth = spread[:, low:].masked_fill(held == 0, float(WAITS))
+            place = worth.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            total = torch.tensor([blocks], device=held.device)
+            wanted = ranked_counts(self.plan.shares, total, place[:, None], self.method.block)[:, 0]
+            held = self._divide(wanted, held, low, spread.shape[1])
+        return there & (pool.order < held.gather(1, number))
 
-    def tracks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Order and spread of all entries, ``(kv_heads, n)``."""
-        begin = self.done * self.method.block
-        behind = (self.at >= self.method.sinks) & (self.at < begin)
-        order = torch.where(behind, DROPPED, WAITS).int()
-        spread = torch.full(self.at.shape, float(WAITS), device=self.at.device)
-        head = torch.arange(len(self.at), device=self.at.device)[:, None].expand_as(self.stays)[self.stays]
-        order[head, self.slots[self.stays]] = self.order[self.stays].int()
-        spread[head, self.slots[self.stays]] = self.spread.gather(1, self.number)[self.stays]
-        return order, spread
-
-    def _divide(self, wanted: torch.Tensor, held: torch.Tensor, until: int, low: int) -> torch.Tensor:
-        """How many tokens each block keeps, ``(kv_heads, blocks)``, of the ``held`` ones, in the proportions ``wanted``.
-
-        Every block keeps one while the limit has room for that.
-        """
-        if self.limit is None:
-            block = torch.arange(held.shape[1], device=held.device) + low
-            return torch.where(block < self.settled, held, torch.minimum(held, wanted))
-        room = self._room(low)
+    def _divide(self, wanted: torch.Tensor, held: torch.Tensor, low: int, done: int) -> torch.Tensor:
+        """How many of the ``held`` tokens each block keeps, ``(kv_heads, blocks)``, in the proportions ``wanted``."""
+        room = self._room(low, done)
         one = (held > 0).long()
         one = one * (one.sum(-1) <= room)[:, None].long()
         more = largest_remainder((wanted - one).clamp(min=0).double(), room - one.sum(-1), held - one)
         return torch.where((held.sum(-1) > room)[:, None], one + more, held)
 
-    def _probes(self, until: int, count: int) -> torch.Tensor:
-        """The newest queries before ``until``, ``(kv_heads, group * any, head_dim)``, ``count`` of each head if they are there.
-
-        None of them lies before the end of the last block that is behind the window, so that each sees all of it.
-        """
-        newest = self.queries.shape[1] - (self.length - until)  # how many of the queries are before ``until``
-        count = max(1, min(count, newest, until - self.done * self.method.block + 1))
-        return self.queries[:, newest - count : newest].float().unflatten(0, (len(self.at), -1)).flatten(1, 2)
-
-    def _weigh(
-        self, queries: torch.Tensor, slots: torch.Tensor, number: torch.Tensor, blocks: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rank of the entries ``slots`` (kv_heads, any) in their block by the mean weight that the queries give them in it;
-        and how little redundant each of the ``blocks`` is, ``(kv_heads, blocks)``."""
-        method, block = self.method, self.method.block
-        place = number * block + self.at.gather(1, slots.clamp(min=0)).clamp(min=0) % block
-        order, spread = torch.empty_like(slots), torch.empty(len(slots), blocks, device=slots.device)
-        self.probed += queries.shape[1] * len(slots) // self.call.query.shape[1] * slots.shape[1]
-        held = take(self.layer.keys[self.row : self.row + 1], slots[None])[0]
-        for head in range(len(slots)):  # one at a time: weights of all probes and entries are held
-            here = slots[head] >= 0
-            keys = held[head][here].float()
-            logits = capped(queries[head] @ keys.T * self.call.scale, self.call.softcap)
-            table = torch.full((len(logits), blocks * block), float("-inf"), device=slots.device)
-            table[:, place[head][here]] = logits
-            weight = table.unflatten(1, (blocks, block)).softmax(-1).nan_to_num(0.0).mean(0)
-            there = (table[0] > float("-inf")).view(blocks, block)
-            rank = weight.masked_fill(~there, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            order[head] = rank.flatten()[place[head]].masked_fill(~here, DROPPED)
-            if method.redundancy == "entropy":
-                spread[head] = effective_count(weight)
-            else:
-                full = keys.new_zeros(blocks * block, keys.shape[1])
-                full[place[head][here]] = keys
-                spread[head] = key_spread(full.unflatten(0, (blocks, block)), there)
-            spread[head].masked_fill_(~there.any(-1), float(WAITS))
-        return order, spread
-
-    def _room(self, low: int) -> torch.Tensor:
-        """Tokens that each head may hold behind the window, int64 ``(kv_heads,)``, from block ``low`` on."""
+    def _room(self, low: int, done: int) -> torch.Tensor:
+        """Tokens that each head may hold behind the window, int64 ``(kv_heads,)``, in the blocks from ``low`` to ``done``."""
         method, density = self.method, self.plan.density
         rest = self.limit - method.sinks - method.recent - method.block + 1
         method.require(
@@ -251,25 +306,19 @@ class Stream:
             f"a budget of {self.limit} tokens cannot hold the {method.sinks} first and {method.recent} newest tokens and an "
             f"unfinished block of {method.block}: give a larger budget, or lower block and recent.",
         )
-        most = (self.done - low) * method.block - (min(method.sinks, self.done * method.block) if low == 0 else 0)
+        most = (done - low) * method.block - (min(method.sinks, done * method.block) if low == 0 else 0)
         caps = torch.full((density.numel(),), most, device=density.device)
         total = torch.tensor(rest * density.numel(), device=density.device)
         return largest_remainder(density.flatten(), total, caps).view_as(density)[self.plan.layer]
 
 
-def compact_slots(stays: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Where ``stays`` (heads, n) is set (see ``marked``), and ``tensors`` (heads, n) there."""
-    index = marked(stays)
-    return index, tuple(tensor.gather(1, index.clamp(min=0)) for tensor in tensors)
-
-
 def effective_count(weight: torch.Tensor) -> torch.Tensor:
-    """exp of the entropy of ``weight`` (blocks, block), which sums to 1: on how many tokens it lies."""
+    """exp of the entropy of ``weight`` (..., block), which sums to 1: on how many tokens it lies."""
     return (-torch.xlogy(weight, weight).sum(-1)).exp()
 
 
 def key_spread(keys: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """1 minus the length of the mean direction of ``keys`` (blocks, block, dim): 0 where all that are ``there`` point the same
+    """1 minus the length of the mean direction of ``keys`` (..., block, dim): 0 where all that are ``there`` point the same
     way."""
     unit = torch.nn.functional.normalize(keys, dim=-1) * there[..., None]
     return 1 - (unit.sum(-2) / there.sum(-1, keepdim=True).clamp(min=1)).norm(dim=-1)

@@ -51,6 +51,7 @@ def interleave(
     warmup: int = 1,
     inside: Mapping[str, AbstractContextManager[Any]] | None = None,
     say: Say | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every step in every repetition: ``{name: [s, ...]}``, warm-up left out.
 
@@ -61,14 +62,15 @@ def interleave(
             the time taken.
         inside: by name, what a step runs inside of; entering and leaving it takes no part in the time.
         say: takes a line after every repetition.
+        clock: ``time.process_time`` takes the processor's time in place of the wall's, where other programs run.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(warmup + repeats):
         for name, step in steps.items():
             with (inside or {}).get(name, nullcontext()):
-                start = time.perf_counter()
+                start = clock()
                 result = step(i)
-                elapsed = time.perf_counter() - start
+                elapsed = clock() - start
             del result
             if i >= warmup:
                 times[name].append(elapsed)

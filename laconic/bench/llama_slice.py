@@ -1,4 +1,4 @@
-"""A four-layer slice of the Llama-3.2-1B shape with random weights, and caches that are filled instead of prefilled."""
+"""A slice of a few layers of the Llama-3.2-1B shape with random weights, and caches that are filled instead of prefilled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def build_slice(quick: bool = False) -> torch.nn.Module:
+def build_slice(quick: bool = False, layers: int = 4) -> torch.nn.Module:
     """The model in fp32 with transformers' sdpa attention; ``quick`` shrinks every width."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
@@ -22,7 +22,7 @@ def build_slice(quick: bool = False) -> torch.nn.Module:
         shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         shape |= {"initializer_range": 0.3}  # so narrow a model would only echo its input otherwise
     config = LlamaConfig(
-        **shape, num_hidden_layers=4, tie_word_embeddings=True, max_position_embeddings=1 << 18,
+        **shape, num_hidden_layers=layers, tie_word_embeddings=True, max_position_embeddings=1 << 18,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip

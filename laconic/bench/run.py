@@ -19,6 +19,7 @@ SUMMARIES = {
     "read_methods": "decode step of every method that reads a part, at 32,768, 131,072 and (bf16) 524,288 tokens",
     "scoring_pareto": "attention found over bytes read, for published searches and for settings of coarse_to_fine",
     "prefill_methods": "attention of a prompt of 16,384 and 32,768 tokens under every method that computes a part of it",
+    "whole_prompt": "first token of a prompt of 16,384 tokens through a layer of Llama-3.2-1B under dhsa and tca_attention",
     "decode_step": "whole decode step of a 4-layer slice of Llama-3.2-1B at 32,768 and 131,072 tokens",
     "decode_memory": "peak memory of generate above weights and KV at 32,768 tokens",
     "cache_reduction": "memory of a cache of 131,072 tokens in which only retrieval heads keep everything, against dense",

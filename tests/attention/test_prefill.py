@@ -41,9 +41,10 @@ def by_hand(qkv: list[torch.Tensor], pads: list[int], chosen: torch.Tensor, wind
 @given(
     seed=st.integers(0, 10**6), n=st.integers(2, 24), new=st.integers(1, 24), block=st.integers(1, 9),
     share=st.floats(0.1, 1.0), window=st.sampled_from([None, 5]), softcap=st.sampled_from([None, 2.0]), shared=st.booleans(),
+    going=st.booleans(),
 )  # fmt: skip
 def test_chosen_entries(
-    seed: int, n: int, new: int, block: int, share: float, window: int | None, softcap: float | None, shared: bool
+    seed: int, n: int, new: int, block: int, share: float, window: int | None, softcap: float | None, shared: bool, going: bool
 ) -> None:
     new, pads = min(n, new), [0, min(n // 3, n - 1)]
     query, keys, values = random_qkv(n, seed=seed)
@@ -58,8 +59,12 @@ def test_chosen_entries(
         order = torch.where(marks, torch.arange(n), -1).sort(-1).values
         blocks.append((begin, end, order[..., int((~marks).sum(-1).min()) :]))
     positions = (torch.arange(n) - torch.tensor(pads)[:, None]).clamp(min=-1)[:, None]
+    gone = torch.randint(0, 2 * n, (2, 2, n), generator=generator) if going else None
+    if going:  # a query sees what is not gone at its position
+        own = positions[:, :, n - new :, None]
+        chosen &= gone[:, :, None] > own
     got, pairs = sparse_prefill_attention(
-        query, keys, values, positions, blocks, scale=SCALE, window=window, softcap=softcap
+        query, keys, values, positions, blocks, scale=SCALE, window=window, softcap=softcap, gone=gone
     )
     expected, expected_pairs = by_hand([query, keys, values], pads, chosen, window, softcap)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from attend import SCALE, Run, random_qkv
+from attend import SCALE, Run, attention, held, random_qkv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import prompt, shared
 
 import laconic
 from laconic import LaconicError
-from laconic.attention import tca_attention
+from laconic.attention import tca_stream
 from laconic.attention.tca_attention import TCAAttention
 from laconic.attention.tca_stream import configurations, distributions, effective_count, ranked_counts, sizes
 from laconic.primitives.allocate import largest_remainder
@@ -56,37 +56,77 @@ def test_each_head_keeps_its_share_of_every_block(pads: tuple[int, int]) -> None
     for seen, _ in run:
         for row, pad in enumerate(pads):
             for head, keep in ((0, 4), (1, 2)):
-                held = [p for p in run.layer.positions[row, head].tolist() if p >= 0]
-                assert held == kept_by_hand(run, row, head, seen - pad, keep, 8, 6, 2, 5), (seen, row, head)
+                assert held(run)[row][head] == kept_by_hand(run, row, head, seen - pad, keep, 8, 6, 2, 5), (seen, row, head)
     assert run.layer.keys.numel() == int((run.layer.positions >= 0).sum()) * 8
 
 
+@pytest.mark.parametrize("window", [None, 60])
+def test_a_less_redundant_block_keeps_more(profile: dict[str, Any], window: int | None) -> None:
+    """Its place among the blocks before it says how many of the configuration's counts are left for it."""
+    profile["configurations"][1] = profile["configurations"][0] = [-1.0, 1.0]
+    run = Run("tca_attention(block=8, recent=6, sinks=0, queries=5)", random_qkv(150, batch=1, seed=2), 150, window=window)
+    run.piece(0, 150)
+    shares = distributions([[-1.0, 1.0]], 8)
+    for head in range(2):
+        spread: list[float] = []
+        stays: list[int] = []
+        for number in range((150 - 6) // 8):
+            due, begin = number * 8 + 14, number * 8
+            queries, keys = run.query[0, 2 * head : 2 * head + 2, due - 5 : due], run.keys[0, head, begin : begin + 8]
+            weights = (queries @ keys.T * SCALE).softmax(-1).flatten(0, 1).mean(0)
+            spread.append(float(effective_count(weights)))
+            low = 0 if window is None else math.ceil(max(0, due - window) / 8)  # blocks that are whole in the window
+            larger = sum(other >= spread[-1] for other in spread[low:-1])
+            counts = ranked_counts(shares, torch.tensor([number + 1 - low]), torch.tensor([[[larger]]]), 8)
+            best = weights.argsort(descending=True, stable=True)[: int(counts)]
+            stays += sorted((begin + best).tolist())
+        first = 0 if window is None else 150 - window
+        assert held(run)[0][head] == [t for t in [*stays, *range(144, 150)] if t >= first]
+
+
 @pytest.mark.usefixtures("profile")
-def test_later_tokens_see_what_stayed_and_the_error_is_bounded_by_the_dropped_mass(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv, n = random_qkv(64, batch=1, seed=5), 64
-    blocks: list[Any] = []
-    original = tca_attention.sparse_prefill_attention
-
-    def spy(query: Any, keys: Any, values: Any, positions: Any, pieces: Any, **options: Any) -> Any:
-        blocks.extend(pieces)
-        return original(query, keys, values, positions, blocks, **options)
-
-    monkeypatch.setattr(tca_attention, "sparse_prefill_attention", spy)
-    run = Run("tca_attention(block=8, recent=6, sinks=2, queries=5)", qkv, n)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("rows", [256, 24])
+def test_later_tokens_see_what_stayed_and_the_error_is_bounded_by_the_dropped_mass(
+    monkeypatch: pytest.MonkeyPatch, rows: int, window: int | None
+) -> None:
+    """Row by row, whether or not blocks of rows end where blocks of tokens leave the window."""
+    qkv, n = random_qkv(84, batch=1, seed=5), 84
+    monkeypatch.setattr(tca_stream, "ROWS", rows)
+    monkeypatch.setattr(tca_stream, "BLOCKS", 3)
+    run = Run("tca_attention(block=8, recent=6, sinks=2, queries=5)", qkv, n, window=window)
     output = run.piece(0, n)
-    dense = Run("dense", qkv, n).piece(0, n)
-    assert blocks[0][0] == 0 and blocks[-1][1] == n
-    assert run.layer.request.figures[0]["pairs"] < 0.9
-    longest = qkv[2].norm(dim=-1).amax()
-    for begin, end, slots in blocks:
-        for head in range(4):
-            seen = {s for s in slots[0, head // 2].tolist() if s >= 0}
-            for row in range(begin, end):
-                assert row in seen and set(range(max(0, row - 5), row + 1)) <= seen  # its window
-                weights = (qkv[1][0, head // 2, : row + 1] @ qkv[0][0, head, row] * SCALE).softmax(0)
-                lost = 1 - float(weights[sorted(s for s in seen if s <= row)].sum())
-                error = (output[0, head, row] - dense[0, head, row]).norm()
-                assert float(error) <= 2 * lost * float(longest) + 1e-5
+    dense = Run("dense", qkv, n, window=window).piece(0, n)
+    longest, pairs = qkv[2].norm(dim=-1).amax(), 0
+    for head, row in itertools.product(range(4), range(n)):
+        low = 0 if window is None else max(0, row + 1 - window)
+        seen = [*kept_by_hand(run, 0, head // 2, row, (4, 2)[head // 2], 8, 6, 2, 5), row]
+        seen = [t for t in seen if t >= low]
+        pairs += len(seen)
+        torch.testing.assert_close(output[0, head, row], attention(run, 0, head, row, seen), atol=1e-5, rtol=1e-5)
+        weights = (qkv[1][0, head // 2, low : row + 1] @ qkv[0][0, head, row] * SCALE).softmax(0)
+        lost = 1 - float(weights[[t - low for t in seen]].sum())
+        assert float((output[0, head, row] - dense[0, head, row]).norm()) <= 2 * lost * float(longest) + 1e-5
+    visible = sum(row + 1 - (0 if window is None else max(0, row + 1 - window)) for row in range(n))
+    weighed = 9 * 8 * 5 - 2 * 5  # by five queries, each token of the blocks that have left the window, but for the sinks
+    share = pairs / 4 / visible + weighed / (n * (n + 1) / 2)
+    assert run.layer.request.figures[0]["pairs"] == pytest.approx(share)
+
+
+@pytest.mark.usefixtures("profile")
+@pytest.mark.parametrize("budget", ["", ":44"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_prompt_in_pieces_loses_the_same(budget: str, window: int | None) -> None:
+    recipe, qkv, pads = f"tca_attention(block=4, recent=6, sinks=2, queries=5){budget}", random_qkv(120, seed=7), (0, 13)
+    whole = Run(recipe, qkv, 120, pads=pads, window=window)
+    output = whole.piece(0, 120)
+    pieces = Run(recipe, qkv, 120, pads=pads, window=window)
+    parts = [pieces.piece(begin, end) for begin, end in itertools.pairwise([0, 35, 36, 37, 70, 119, 120])]
+    low = [0 if window is None else 120 - pad - window for pad in pads]  # older entries go with the next block
+    assert [[[p for p in head if p >= at] for head in row] for row, at in zip(held(pieces), low, strict=True)] == [
+        [[p for p in head if p >= at] for head in row] for row, at in zip(held(whole), low, strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 2), output, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -94,7 +134,7 @@ def test_later_tokens_see_what_stayed_and_the_error_is_bounded_by_the_dropped_ma
 @example(block=2, blocks=3, mu=-3.0, sigma=0.25)  # one size takes all, and the other has a weight below rounding
 def test_counts_follow_the_configuration(block: int, blocks: int, mu: float, sigma: float) -> None:
     shares = distributions([[mu, sigma]], block)
-    counts = ranked_counts(shares, blocks, block)[0]
+    counts = ranked_counts(shares, torch.tensor([blocks]), torch.arange(blocks).expand(1, 1, -1), block)[0, 0]
     assert counts.tolist() == sorted(counts.tolist(), reverse=True) and set(counts.tolist()) <= set(sizes(block).tolist())
     for size, share in zip(sizes(block).tolist(), shares[0].tolist(), strict=True):
         if sizes(block).tolist().count(size) == 1:

@@ -56,5 +56,11 @@ def test_what_a_step_runs_inside_of_is_not_timed() -> None:
     assert all(0.01 <= value < 0.05 for value in times["a"])
 
 
+def test_times_are_read_from_the_clock_that_is_given() -> None:
+    now = [0.0]
+    steps = {"a": lambda i: now.append(now[-1] + 2 + i), "b": lambda i: now.append(now[-1] + 5)}
+    assert interleave(steps, repeats=2, warmup=0, clock=lambda: now[-1]) == {"a": [2.0, 3.0], "b": [5.0, 5.0]}
+
+
 def test_milliseconds_are_medians() -> None:
     assert milliseconds({"a": [0.003, 0.001, 0.1]}) == {"a": pytest.approx(3.0)}

@@ -17,6 +17,7 @@ CONDITIONS = {
     "cache_reduction": {"figures_say_the_same", "step_is_faster"},
     "scoring_pareto": {"needle_512_all_beaten", "made_up_1024_all_beaten"},
     "prefill_methods": {"token_sparse_attention_far"},
+    "whole_prompt": {"tca_attention_is_faster"},
     "read_methods": {"faster_than_exact_512", "faster_than_exact_1024"},
     "decode_step": {"128k", "same_output"},
     "decode_memory": {"same_tokens"},

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,18 +101,24 @@ def settings() -> list[str]:
 
 def needle_case(length: int, texts: int = TEXTS, steps: int = STEPS) -> Case:
     """The built-in model's own queries, keys and values of prompts that ask for a fact, in all of its layers."""
+    found = seen_layers("needle", "needle", length, texts)
+    return Case(f"needle_{length}", found, steps, ZOO / "needle" / "profiles" / "fasa.json")
+
+
+def seen_layers(model: str, task: str, length: int, texts: int) -> list[Layers]:
+    """What the attention layers of a built-in ``model`` see of so many prompts of a ``task``, of ``length`` tokens at most."""
     import laconic
     from laconic.evaluation.tasks import load_task
 
-    model, tokenizer = laconic.load("needle")
+    loaded, tokenizer = laconic.load(model)
 
     class Look(Probe):
         def look(self, layer: KVLayer, call: Call) -> None:
             self.found[layer.index] = call.query.clone(), layer.keys.clone(), layer.values.clone()
 
-    examples = load_task("needle", tokenizer, lengths=[length], samples=texts).examples
-    found = [Look().read(model, tokenizer(e.prompt, return_tensors="pt")["input_ids"]).layers for e in examples]
-    return Case(f"needle_{length}", found, steps, ZOO / "needle" / "profiles" / "fasa.json")
+    examples = load_task(task, tokenizer, lengths=[length], samples=texts).examples
+    texts = [tokenizer(example.prompt, return_tensors="pt")["input_ids"][:, :length] for example in examples]
+    return [Look().read(loaded, ids).layers for ids in texts]
 
 
 def made_up_case(
@@ -155,16 +162,10 @@ def measure(case: Case, ours: list[str], say: Say) -> dict[str, Any]:
     recipes = known | dict.fromkeys(f"{text.format(fasa=case.profile)}:{budget}" for text in ours)
     policies = {recipe: Watch(Recipe.parse(recipe).methods) for recipe in recipes}
     seen: dict[str, list[tuple[float, int, float]]] = {recipe: [] for recipe in recipes}
-    for layers in case.texts:
-        cache, n = KVCache(len(layers)), layers[0][1].shape[2]
-        for at in range(n - case.steps, n):
-            for layer, (query, keys, values) in zip(cache.layers, layers, strict=True):
-                layer.update(keys[:, :, layer.seen : at + 1], values[:, :, layer.seen : at + 1])
-                place = at - n + query.shape[2]
-                call = Call(query[:, :, place : place + 1], keys.shape[-1] ** -0.5)
-                best = best_attention(layer, call, budget)
-                for recipe, policy in policies.items():
-                    seen[recipe].append(_step(policy, layer, call, best))
+    for layer, call in decode_steps(case.texts, case.steps):
+        best = best_attention(layer, call, budget)
+        for recipe, policy in policies.items():
+            seen[recipe].append(_step(policy, layer, call, best))
     rows = [_row(recipe.replace(str(case.profile), "FILE"), known.get(recipe), case, seen[recipe]) for recipe in recipes]
     for row in rows:
         row["front"] = not any(
@@ -177,6 +178,17 @@ def measure(case: Case, ours: list[str], say: Say) -> dict[str, Any]:
         "dense_bytes": 4 * sum(keys.numel() + values.numel() for _, keys, values in case.texts[0]),
         "rows": rows, "beaten_by": beaten_by,
     }  # fmt: skip
+
+
+def decode_steps(texts: list[Layers], steps: int) -> Iterator[tuple[KVLayer, Call]]:
+    """The last ``steps`` tokens of every text, one at a time and layer by layer: what is held then, and the call."""
+    for layers in texts:
+        cache, n = KVCache(len(layers)), layers[0][1].shape[2]
+        for at in range(n - steps, n):
+            for layer, (query, keys, values) in zip(cache.layers, layers, strict=True):
+                layer.update(keys[:, :, layer.seen : at + 1], values[:, :, layer.seen : at + 1])
+                place = at - n + query.shape[2]
+                yield layer, Call(query[:, :, place : place + 1], keys.shape[-1] ** -0.5)
 
 
 def _step(policy: Watch, layer: KVLayer, call: Call, best: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, int, float]:
