@@ -44,7 +44,7 @@ class FixedTree(ModelDrafter):
         return DraftTree(torch.cat(tokens, 1), shape, torch.cat(laws, 1) if laws else None)
 
     def _unsure(self, rows: torch.Tensor, best: torch.Tensor, depth: int) -> bool:
-        """Whether the draft model finds no token of a level likely enough to go on behind it.
+        """Whether the draft model nowhere in a level finds the tokens drafted there likely enough together to go on behind them.
 
         What was drawn so far decides, and nothing of it is taken back: the law of what comes out stays exact.
 
@@ -53,7 +53,7 @@ class FixedTree(ModelDrafter):
         """
         if not self.method.confidence or depth + 1 == len(self.method.levels):
             return False
-        likely = (rows if self.draws else rows.softmax(-1)).gather(-1, best).amax((1, 2))
+        likely = (rows if self.draws else rows.softmax(-1)).gather(-1, best).sum(-1).amax(-1)
         return all(done or sure < self.method.confidence for sure, done in zip(likely.tolist(), self.text.done, strict=True))
 
 
@@ -63,7 +63,8 @@ class Speculative(DraftModelMethod):
     """A draft model writes the next few tokens, which the model checks in one forward: speculative decoding.
 
     A chain, or a fixed tree where ``branches`` says how many children the nodes of each level get, drawn without replacement
-    (SpecInfer, Sequoia, 2024). A forward of the draft model per level, as long as it is sure enough of some token of the last.
+    (SpecInfer, Sequoia, 2024). A forward of the draft model per level, as long as it is sure enough that one of some node's
+    children is right.
     """
 
     id: ClassVar[str] = "speculative"
@@ -72,7 +73,9 @@ class Speculative(DraftModelMethod):
 
     budget: Budget = parameter(Budget(amount=4), "tokens drafted in each forward")  # noqa: RUF009
     branches: str = parameter("", "children of the nodes of each level, such as 4x2x1x1; empty for a chain", search=())
-    confidence: float = parameter(0.4, "drafts end behind tokens that are less likely than this; 0: never", search=(), least=0.0)
+    confidence: float = parameter(
+        0.4, "drafts end behind tokens that are less likely together than this; 0: never", search=(), least=0.0
+    )
 
     def check(self) -> None:
         self.require(self.confidence <= 1, "confidence is a probability: give at most 1.")

@@ -129,6 +129,18 @@ def test_drafts_end_where_the_draft_model_is_unsure():
     assert drafted[0] == [4, 4] and drafted[1] == [1, 1] and drafted[middle] not in ([4, 4], [1, 1])
 
 
+def test_in_a_tree_the_children_of_a_node_count_together():
+    model, inputs, draft = tiny.shared("llama"), tiny.prompt(1, 30), near("llama")
+    first = torch.tensor(decode(model, inputs, max_new_tokens=1).rows)
+    law = draft(input_ids=torch.cat([inputs["input_ids"], first], 1)).logits[0, -1].softmax(-1).detach()
+    together = float(law.topk(2).values.sum())
+    for confidence, size in ((together - 1e-3, 4), (together + 1e-3, 2)):
+        sizes: list[int] = []
+        decode(model, inputs, with_model(f"speculative(branches=2x1,confidence={confidence:.6f}):4", draft), max_new_tokens=8,
+               watch=lambda step, sizes=sizes: sizes.append(len(step.tokens[0]) - 1))  # fmt: skip
+        assert sizes[1] == size, confidence
+
+
 def test_only_new_tokens_are_read():
     out = decode(tiny.shared("llama"), tiny.prompt(1, 30), with_model("speculative:3", near("llama")), max_new_tokens=40)
     runner, steps = out.drafter.runner, sum(out.accepted)
