@@ -7,6 +7,7 @@ with any strides as long as the last dimension is contiguous, or ``Ragged``; que
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -22,15 +23,20 @@ Array = torch.Tensor | Ragged
 
 def _implementation(*tensors: Array) -> ModuleType:
     """The fastest module that serves these tensors."""
-    first = tensors[0]
+    dtype = tensors[0].dtype
     for tensor in tensors:
-        if tensor.dtype != first.dtype or tensor.stride(-1) != 1 or tensor.requires_grad:
+        if tensor.dtype != dtype or tensor.stride(-1) != 1 or tensor.requires_grad:
             return reference
-    if first.device.type == "cpu":
+    return _module(tensors[0].device.type, dtype)
+
+
+@functools.cache
+def _module(device: str, dtype: torch.dtype) -> ModuleType:
+    if device == "cpu":
         from laconic.kernels import cpu
 
-        return cpu if first.dtype in cpu.DTYPES else reference
-    if first.device.type == "cuda":
+        return cpu if dtype in cpu.DTYPES else reference
+    if device == "cuda":
         from laconic.kernels import gpu
 
         return gpu
