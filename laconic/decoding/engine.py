@@ -169,6 +169,7 @@ class _Run:
         self.result = Decoded([[] for _ in self.text.rows])
         output = self.runner.prefill(self.inputs)
         root = DraftTree.chain(self.text.roots(self.device)[:, None])
+        self.bare = root.shape  # of every step without a draft
         scores = self.sampling.scores(output.logits[:, -1:], self.text, root)
         first = self._choose(output.logits[:, -1:], scores)[:, 0].tolist()
         self.result.prefill_s = time.perf_counter() - begun
@@ -190,11 +191,10 @@ class _Run:
         if self.drafter is not None and room > 0:
             tree = self.drafter.propose(self.text, room)
         else:
-            tree = DraftTree.chain(self.text.roots()[:, None])
+            tree = DraftTree(self.text.roots(self.device)[:, None], self.bare)
         self.result.draft_s += time.perf_counter() - begun
-        tokens = tree.tokens.to(self.device)
-        output = self.runner.step(tokens[:, 0]) if tree.plain else self.runner.run(tokens, tree.shape, tree.prompts)
-        tree = dataclasses.replace(tree, tokens=tokens, shape=tree.shape.to(self.device))
+        shape, tree = tree.shape, tree.to(self.device)
+        output = self.runner.step(tree.tokens[:, 0]) if tree.plain else self.runner.run(tree.tokens, shape, tree.prompts)
         scores = self.sampling.scores(output.logits[:, : tree.nodes], self.text, tree)
         verdict = self._verify(tree, output.logits, scores)
         accepted = [[node for node in row if node >= 0] for row in verdict.path.tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,6 +176,12 @@ class DraftTree:
     @property
     def nodes(self) -> int:
         return self.shape.nodes
+
+    def to(self, device: torch.device | str) -> DraftTree:
+        """The same tree with its tokens and shape on ``device``, where the model's output is."""
+        if self.tokens.device == self.shape.parents.device == torch.device(device):
+            return self
+        return dataclasses.replace(self, tokens=self.tokens.to(device), shape=self.shape.to(device))
 
     @property
     def plain(self) -> bool:
