@@ -80,8 +80,12 @@ class Buffer:
         view.scatter_(2, index, take(view, source))
 
     def crop(self, n: int) -> None:
-        if self._late:
-            self._catch_up()
+        while self._late and self.n > n:  # what nobody has looked at is not written to be cut off
+            last = self._late.pop()
+            self.n -= last.shape[1]
+            if self.n < n:
+                self._late.append(last[:, : n - self.n])
+                self.n = n
         self.n, self._view = n, None
 
     def rows(self, index: torch.Tensor) -> None:

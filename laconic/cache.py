@@ -280,20 +280,26 @@ class KVLayer(CacheLayerMixin):
         self._catch_up_to(base)
         if self.branches:
             self.set_state(self.branches[int(path[0].amax())])
-        target = torch.arange(base, base + kept, device=path.device).expand(len(path), self.heads, -1)
-        source = (base + path.clamp(min=0))[:, None].expand(-1, self.heads, -1)
+        if moved:
+            self._move(path, base)
         for buffer in self._buffers():
-            if moved and buffer.n > base:
-                heads = buffer.view().shape[1]
-                buffer.shift(source[:, :heads], target[:, :heads])
             buffer.crop(min(buffer.n, base + kept))
-        empty = path < 0
-        if moved and bool(empty.any()):
-            self._positions.view()[:, :, base:].masked_fill_(empty[:, None], EMPTY)
-            self.padded = True
-            self.gaps = empty.sum(-1) + (0 if self.gaps is None else self.gaps)
         self.seen += kept - count
         self.branches = {}
+
+    def _move(self, path: torch.Tensor, base: int) -> None:
+        """Puts the entries at slots ``base + path`` (batch, k) into those from ``base`` on; empty slots where there are none."""
+        target = torch.arange(base, base + path.shape[1], device=path.device).expand(len(path), self.heads, -1)
+        source = (base + path.clamp(min=0))[:, None].expand(-1, self.heads, -1)
+        for buffer in self._buffers():
+            if buffer.n > base:
+                heads = buffer.view().shape[1]
+                buffer.shift(source[:, :heads], target[:, :heads])
+        empty = path < 0
+        if bool(empty.any()):
+            self._positions.view()[:, :, base : base + path.shape[1]].masked_fill_(empty[:, None], EMPTY)
+            self.padded = True
+            self.gaps = empty.sum(-1) + (0 if self.gaps is None else self.gaps)
 
     def close_gaps(self) -> None:
         """Moves the empty slots that ``settle`` left to the front, where all are expected."""

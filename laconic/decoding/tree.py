@@ -52,6 +52,9 @@ class TreeShape:
     @cached_property
     def ancestors(self) -> torch.Tensor:
         """Boolean ``(batch, nodes, nodes)``: whether the second is the first or stands before it; nothing of empty nodes."""
+        if torch.equal(self.parents, torch.arange(NONE, self.nodes - 1, device=self.parents.device).expand_as(self.parents)):
+            chain = torch.ones(self.nodes, self.nodes, dtype=torch.bool, device=self.parents.device).tril()
+            return chain.expand(*self.parents.shape, -1)
         seen = torch.eye(self.nodes, dtype=torch.bool, device=self.parents.device).expand(*self.parents.shape, -1).clone()
         above = self.parents
         while bool((above >= 0).any()):
