@@ -8,7 +8,6 @@ from laconic import kernels
 from laconic.kernels.memory import empty
 from laconic.kernels.ragged import SPARE, Places, Ragged
 
-
 LATE = 64  # appends that may wait for a reader
 
 
