@@ -8,6 +8,8 @@ from laconic import kernels
 from laconic.kernels.memory import empty
 from laconic.kernels.ragged import SPARE, Places, Ragged
 
+LATE = 64  # appends that may wait for a reader
+
 
 class Buffer:
     """A tensor ``(batch, heads, n, ...)`` that grows along n: memory doubles, appending is amortised O(new), reads are views."""
@@ -15,22 +17,42 @@ class Buffer:
     def __init__(self, first: torch.Tensor, reserve: int = 0) -> None:
         self.n, self._begin = 0, 0
         self._view: torch.Tensor | None = None  # made once per change: a step reads it a dozen times
+        self._late: list[torch.Tensor] = []
         count = first.shape[2]
         capacity = max(reserve, count + max(64, count // 8))  # room for an answer, before the first doubling
         self._data = empty((*first.shape[:2], capacity, *first.shape[3:]), first.dtype, first.device)
         self.append(first)
 
     def append(self, new: torch.Tensor) -> None:
-        end = self.n + new.shape[2]
-        if self._begin + end > self.capacity:
+        if self._late:
+            self._catch_up()
+        begin, count = self._begin + self.n, new.shape[2]
+        if begin + count > self._data.shape[2]:
+            end = self.n + count
             # what has forgotten its front moves there and stays at its size; what has not is growing
             self._reallocate(end + max(64, end // 8) if self._begin else max(end, 2 * self.capacity))
-        self._data[:, :, self._begin + self.n : self._begin + end] = new
-        self.n, self._view = end, None
+            begin = self._begin + self.n
+        self._data.narrow(2, begin, count).copy_(new)
+        self.n, self._view = self.n + count, None
+
+    def append_late(self, new: torch.Tensor) -> None:
+        """Appends ``new`` (batch, count), the same for all heads, as soon as somebody looks: a step may go by without."""
+        self._late.append(new)
+        self.n, self._view = self.n + new.shape[1], None
+        if len(self._late) == LATE:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        new = torch.cat(self._late, dim=1)
+        self._late = []
+        self.n -= new.shape[1]
+        self.append(new.unsqueeze(1))
 
     def view(self) -> torch.Tensor:
         if self._view is None:
-            self._view = self._data[:, :, self._begin : self._begin + self.n]
+            if self._late:
+                self._catch_up()
+            self._view = self._data.narrow(2, self._begin, self.n)
         return self._view
 
     def keep(self, slots: torch.Tensor) -> None:
@@ -44,6 +66,8 @@ class Buffer:
 
     def drop_front(self, count: int) -> None:
         """Forgets the first ``count`` entries of every row and head; their memory is given back when it is a good part."""
+        if self._late:
+            self._catch_up()
         self._begin, self.n, self._view = self._begin + count, self.n - count, None
         if 2 * self._begin > self.capacity:
             self._reallocate(self.n + max(64, self.n // 8))
@@ -55,6 +79,12 @@ class Buffer:
         view.scatter_(2, index, take(view, source))
 
     def crop(self, n: int) -> None:
+        while self._late and self.n > n:  # what nobody has looked at is not written to be cut off
+            last = self._late.pop()
+            self.n -= last.shape[1]
+            if self.n < n:
+                self._late.append(last[:, : n - self.n])
+                self.n = n
         self.n, self._view = n, None
 
     def rows(self, index: torch.Tensor) -> None:
@@ -66,7 +96,7 @@ class Buffer:
 
     def copy(self) -> Buffer:
         twin = object.__new__(Buffer)
-        twin.n, twin._begin, twin._data, twin._view = self.n, 0, self.view().clone(), None
+        twin.n, twin._begin, twin._data, twin._view, twin._late = self.n, 0, self.view().clone(), None, []
         return twin
 
     @property

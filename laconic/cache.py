@@ -189,22 +189,20 @@ class KVLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         """Appends ``(batch, kv_heads, new, head_dim)`` and returns views of all entries, the keys tagged with this layer."""
-        batch, _, count, _ = key_states.shape
-        positions = self.request.take(batch, count, self.seen, key_states.device)
-        self.padded = self.padded or self.request.padded(positions)
-        positions = positions[:, None]
-        came = self.request.positions if self.request.living is not None else key_states[:, 0]
+        request, (batch, _, count, _) = self.request, key_states.shape
+        positions = request.take(batch, count, self.seen, key_states.device)
+        self.padded = self.padded or request.padded(positions)
         self._last = None
-        self.seen += self.request.count or came.shape[1]
+        self.seen += request.count or (count if request.living is None else request.positions.shape[1])
         if self._keys is None:
             self._keys, self._values = Buffer(key_states, self.reserve), Buffer(value_states, self.reserve)
-            self._positions = Buffer(positions, self.reserve)
+            self._positions = Buffer(positions[:, None], self.reserve)
             self.is_initialized = True
         else:
             self._keys.append(key_states)
             self._values.append(value_states)
-            self._positions.append(positions.expand(-1, self._positions.view().shape[1], -1))
-            if self.request.living is not None or self.request.count is not None:
+            self._positions.append_late(positions)
+            if request.living is not None or request.count is not None:
                 self._close_gaps(count)
         keys, values = self.keys, self.values
         keys.laconic_layer = self  # how the attention function finds the request that it serves
@@ -282,20 +280,26 @@ class KVLayer(CacheLayerMixin):
         self._catch_up_to(base)
         if self.branches:
             self.set_state(self.branches[int(path[0].amax())])
-        target = torch.arange(base, base + kept, device=path.device).expand(len(path), self.heads, -1)
-        source = (base + path.clamp(min=0))[:, None].expand(-1, self.heads, -1)
+        if moved:
+            self._move(path, base)
         for buffer in self._buffers():
-            if moved and buffer.n > base:
-                heads = buffer.view().shape[1]
-                buffer.shift(source[:, :heads], target[:, :heads])
             buffer.crop(min(buffer.n, base + kept))
-        empty = path < 0
-        if moved and bool(empty.any()):
-            self._positions.view()[:, :, base:].masked_fill_(empty[:, None], EMPTY)
-            self.padded = True
-            self.gaps = empty.sum(-1) + (0 if self.gaps is None else self.gaps)
         self.seen += kept - count
         self.branches = {}
+
+    def _move(self, path: torch.Tensor, base: int) -> None:
+        """Puts the entries at slots ``base + path`` (batch, k) into those from ``base`` on; empty slots where there are none."""
+        target = torch.arange(base, base + path.shape[1], device=path.device).expand(len(path), self.heads, -1)
+        source = (base + path.clamp(min=0))[:, None].expand(-1, self.heads, -1)
+        for buffer in self._buffers():
+            if buffer.n > base:
+                heads = buffer.view().shape[1]
+                buffer.shift(source[:, :heads], target[:, :heads])
+        empty = path < 0
+        if bool(empty.any()):
+            self._positions.view()[:, :, base : base + path.shape[1]].masked_fill_(empty[:, None], EMPTY)
+            self.padded = True
+            self.gaps = empty.sum(-1) + (0 if self.gaps is None else self.gaps)
 
     def close_gaps(self) -> None:
         """Moves the empty slots that ``settle`` left to the front, where all are expected."""

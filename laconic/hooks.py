@@ -327,7 +327,7 @@ def _positions(arguments: dict[str, Any], seen: int) -> torch.Tensor | None:
         if new > 1 and bool((given.diff(dim=-1) <= 0).any()):
             raise LaconicError("The positions do not ascend: put one text in each row and pad on the left, with a mask.")
         if seen or bool((given.diff(dim=-1) != 1).any()):  # a fresh text without gaps is counted from 0, as some models do not
-            return given.expand(batch, -1)
+            return given.expand(batch, -1).clone()  # layers look later, when the caller may have counted on in place
     return torch.arange(seen, seen + new, device=ids.device).expand(batch, -1)
 
 

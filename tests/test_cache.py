@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from typing import Any
 
 import psutil
@@ -465,3 +466,29 @@ def test_what_layers_hand_to_each_other_follows_the_cache() -> None:
     assert not cache.request.memory
     twin.reset()
     assert not twin.request.memory
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_appended_late_is_there_for_whoever_looks(seed):
+    dice = random.Random(seed)
+    first = torch.arange(3).expand(2, 1, 3)
+    late, plain, count = Buffer(first), Buffer(first), 3
+    for _ in range(200):
+        new = torch.arange(count, count + dice.randint(1, 9)).expand(2, -1)
+        count += new.shape[1]
+        late.append_late(new)
+        plain.append(new[:, None])
+        change = dice.random()
+        if change < 0.4:
+            left = dice.randint(1, late.n)
+            late.crop(left)
+            plain.crop(left)
+        elif change < 0.5:
+            late.drop_front(late.n // 2)
+            plain.drop_front(plain.n // 2)
+        elif change < 0.6:
+            late, plain = late.copy(), plain.copy()
+        assert late.n == plain.n
+        if dice.random() < 0.2:
+            assert torch.equal(late.view(), plain.view())
+    assert torch.equal(late.view(), plain.view())

@@ -41,7 +41,7 @@ class Call:
     @property
     def last(self) -> torch.Tensor:
         """The newest query, ``(batch, heads, head_dim)``."""
-        return self.query[:, :, -1]
+        return self.query.select(2, -1)
 
     @property
     def decoding(self) -> bool:

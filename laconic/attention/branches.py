@@ -28,28 +28,33 @@ class Branches:
 
     positions: torch.Tensor
     sees: torch.Tensor
-    _whole: dict[int, torch.Tensor] = field(default_factory=dict)
+    _whole: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     @property
     def tail(self) -> int:
         return self.sees.shape[2]
 
-    def over(self, n: int) -> torch.Tensor:
-        """Boolean ``(batch, 1, new, n)``: what is seen of ``n`` entries that are all real. Layers of as many share it."""
-        if n not in self._whole:
-            self._whole[n] = torch.nn.functional.pad(self.sees, (n - self.tail, 0), value=True)[:, None]
-        return self._whole[n]
+    def over(self, n: int, group: int) -> torch.Tensor:
+        """Boolean ``(batch, 1, group * new, n)``: what is seen of ``n`` entries that are all real, once for each query head of a
+        KV head. Layers of as many share it."""
+        if (n, group) not in self._whole:
+            seen = torch.nn.functional.pad(self.sees, (n - self.tail, 0), value=True)
+            self._whole[n, group] = seen.repeat(1, group, 1)[:, None]
+        return self._whole[n, group]
 
 
 def branch_attention(layer: KVLayer, call: Call, branches: Branches) -> torch.Tensor:
     """Output ``(batch, heads, new, head_dim)`` of all nodes over everything that the layer holds; noise in empty nodes."""
     query, keys, values = call.query, dense(layer.keys), dense(layer.values)
-    visible = branches.over(layer.n)
+    batch, heads, _, dim = query.shape
+    group = heads // layer.heads
+    rows = query.reshape(batch, layer.heads, -1, dim)  # queries of a KV head stand as rows, so that no key is repeated
+    visible = branches.over(layer.n, group)
     if layer.padded:
         visible = visible & (layer.shared_positions >= 0)[:, :, None]
     if call.window is not None:
-        visible = visible & (layer.shared_positions[:, :, None] > branches.positions[:, None, :, None] - call.window)
-    grouped = query.unflatten(1, (layer.heads, -1))
+        at = branches.positions.repeat(1, group)[:, None, :, None]
+        visible = visible & (layer.shared_positions[:, :, None] > at - call.window)
     bias = None
     if layer.rest is not None:
         key, value, more = layer.rest.entry(keys.dtype)
@@ -57,8 +62,8 @@ def branch_attention(layer: KVLayer, call: Call, branches: Branches) -> torch.Te
         stands = (layer.rest.count > 0)[..., None, :].expand(-1, -1, visible.shape[2], -1)
         visible = torch.cat([stands, visible.expand(-1, layer.heads, -1, -1)], dim=-1)
         bias = torch.nn.functional.pad(more, (0, keys.shape[2] - 1))[:, :, None, None]
-    visible = visible.expand(-1, layer.heads, -1, -1)[:, :, None]
-    flat = (t.flatten(0, 1) for t in (grouped, keys, values, visible))  # as the fused kernel wants it
+    visible = visible.expand(-1, layer.heads, -1, -1).unsqueeze(2)
+    flat = (t.flatten(0, 1) for t in (rows.unsqueeze(2), keys, values, visible))  # as the fused kernel wants it
     bias = None if bias is None else bias.flatten(0, 1)
     blind = layer.n == branches.tail  # where there is text, all rows see it, those of empty nodes too
     return masked_attention(*flat, call.scale, call.softcap, bias, blind=blind).reshape(*query.shape[:3], -1)

@@ -165,7 +165,7 @@ class Policy:
         if selection is None:
             starts = layer.starts(call.window)
             output, lse = kernels.decode_attention(call.last, layer.keys, layer.values, starts=starts, **options)
-            return self._add_rest(layer, call, output, lse)[:, :, None], 0.0 if self.measure else None
+            return self._add_rest(layer, call, output, lse).unsqueeze(2), 0.0 if self.measure else None
         query, keys, values, slots, _ = _entries(layer, call, selection)
         output, lse = kernels.selected_attention(query[:, :, -1], keys, values, slots, **options)
         mass = None

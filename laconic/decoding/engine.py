@@ -169,8 +169,10 @@ class _Run:
         self.result = Decoded([[] for _ in self.text.rows])
         output = self.runner.prefill(self.inputs)
         root = DraftTree.chain(self.text.roots(self.device)[:, None])
+        self.bare = root.shape  # of every step without a draft
         scores = self.sampling.scores(output.logits[:, -1:], self.text, root)
-        first = self._choose(output.logits[:, -1:], scores)[:, 0].tolist()
+        self.newest = self._choose(output.logits[:, -1:], scores)[:, 0]
+        first = self.newest.tolist()
         self.result.prefill_s = time.perf_counter() - begun
         self._write([[token] for token in first], root, None)
         if self.method is not None:
@@ -186,28 +188,29 @@ class _Run:
         return self._finish(begun)
 
     def _step(self) -> None:
-        begun, room = time.perf_counter(), self._room()
-        if self.drafter is not None and room > 0:
+        begun = time.perf_counter()
+        if self.drafter is not None and (room := self._room()) > 0:
             tree = self.drafter.propose(self.text, room)
         else:
-            tree = DraftTree.chain(self.text.roots()[:, None])
+            tree = DraftTree(self.newest[:, None], self.bare)
         self.result.draft_s += time.perf_counter() - begun
-        tokens = tree.tokens.to(self.device)
-        output = self.runner.step(tokens[:, 0]) if tree.plain else self.runner.run(tokens, tree.shape, tree.prompts)
-        tree = dataclasses.replace(tree, tokens=tokens, shape=tree.shape.to(self.device))
+        shape, tree = tree.shape, tree.to(self.device)
+        output = self.runner.step(tree.tokens[:, 0]) if tree.plain else self.runner.run(tree.tokens, shape, tree.prompts)
         scores = self.sampling.scores(output.logits[:, : tree.nodes], self.text, tree)
         verdict = self._verify(tree, output.logits, scores)
-        accepted = [[node for node in row if node >= 0] for row in verdict.path.tolist()]
-        kept = [len(nodes) for nodes in accepted]
-        path = verdict.path[:, : max(kept)].cpu()
-        if not tree.plain:
+        self.newest, last = verdict.token, verdict.token.tolist()
+        if tree.plain:
+            path, new = verdict.path, [[token] for token in last]
+        else:
+            accepted = [[node for node in row if node >= 0] for row in verdict.path.tolist()]
+            path = verdict.path[:, : max(map(len, accepted))].cpu()
             self.runner.settle(path)
-        drafted, last = tree.tokens.tolist(), verdict.token.tolist()
-        new = [[*(row[node] for node in nodes[1:]), token] for row, nodes, token in zip(drafted, accepted, last, strict=True)]
-        for row, count in enumerate(kept):
+            drafted = tree.tokens.tolist()
+            new = [[*(row[at] for at in nodes[1:]), token] for row, nodes, token in zip(drafted, accepted, last, strict=True)]
+        for row, tokens in enumerate(new):
             if not self.text.done[row]:
-                self.result.accepted += [0] * (count - len(self.result.accepted))
-                self.result.accepted[count - 1] += 1
+                self.result.accepted += [0] * (len(tokens) - len(self.result.accepted))
+                self.result.accepted[len(tokens) - 1] += 1
         self._write(new, tree, path)
         if self.drafter is not None:
             begun = time.perf_counter()

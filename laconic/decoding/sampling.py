@@ -10,6 +10,7 @@ import torch
 from laconic.decoding.tree import DraftTree
 from laconic.decoding.verify import draw
 from laconic.errors import LaconicError
+from laconic.kernels import argmax
 
 
 class Text:
@@ -97,7 +98,7 @@ class Sampling:
     def law(self, scores: torch.Tensor) -> torch.Tensor:
         """Probabilities ``(..., vocabulary)`` that tokens are drawn with; one-hot when greedy."""
         if self.greedy:
-            return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)
+            return torch.nn.functional.one_hot(argmax(scores), scores.shape[-1]).to(scores.dtype)
         return self.soft(scores, self.temperature)
 
     def soft(self, scores: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -116,4 +117,4 @@ class Sampling:
 
     def choose(self, scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """One token after each node, ``(batch, nodes)``: the likeliest, or one sample."""
-        return scores.argmax(-1) if self.greedy else draw(self.law(scores), generator)
+        return argmax(scores) if self.greedy else draw(self.law(scores), generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +52,9 @@ class TreeShape:
     @cached_property
     def ancestors(self) -> torch.Tensor:
         """Boolean ``(batch, nodes, nodes)``: whether the second is the first or stands before it; nothing of empty nodes."""
+        if torch.equal(self.parents, torch.arange(NONE, self.nodes - 1, device=self.parents.device).expand_as(self.parents)):
+            chain = torch.ones(self.nodes, self.nodes, dtype=torch.bool, device=self.parents.device).tril()
+            return chain.expand(*self.parents.shape, -1)
         seen = torch.eye(self.nodes, dtype=torch.bool, device=self.parents.device).expand(*self.parents.shape, -1).clone()
         above = self.parents
         while bool((above >= 0).any()):
@@ -175,6 +179,12 @@ class DraftTree:
     @property
     def nodes(self) -> int:
         return self.shape.nodes
+
+    def to(self, device: torch.device | str) -> DraftTree:
+        """The same tree with its tokens and shape on ``device``, where the model's output is."""
+        if self.tokens.device == self.shape.parents.device == torch.device(device):
+            return self
+        return dataclasses.replace(self, tokens=self.tokens.to(device), shape=self.shape.to(device))
 
     @property
     def plain(self) -> bool:

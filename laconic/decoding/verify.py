@@ -43,8 +43,9 @@ class Verdict:
 
 def draw(rows: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """One sample of each row of probabilities ``(..., vocabulary)``, which need not sum to 1."""
-    noise = torch.empty_like(rows).exponential_(generator=generator)
-    return (rows / noise).argmax(-1)  # exponential races: no row is read twice, and zeros never win
+    below = rows.cumsum(-1, dtype=torch.float64)  # inverts the law: one random number a row, and zeros never win
+    at = torch.rand(below[..., -1:].shape, dtype=torch.float64, device=rows.device, generator=generator) * below[..., -1:]
+    return torch.searchsorted(below, at, right=True).squeeze(-1).clamp(max=rows.shape[-1] - 1)
 
 
 def draw_distinct(rows: torch.Tensor, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -52,6 +53,8 @@ def draw_distinct(rows: torch.Tensor, count: int, generator: torch.Generator | N
 
     Where fewer tokens have any probability, the others follow them.
     """
+    if count == 1:
+        return draw(rows, generator).unsqueeze(-1)
     noise = torch.empty_like(rows).exponential_(generator=generator)
     return (rows / noise).topk(count, dim=-1).indices
 

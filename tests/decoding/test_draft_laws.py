@@ -178,8 +178,8 @@ def test_more_drafts_and_better_trees_are_accepted_more_often():
     p = (torch.randn(40, 40, generator=dice(1), dtype=torch.float64) * 4).softmax(-1)
     q = (p.log() + torch.randn(40, 40, generator=dice(2), dtype=torch.float64) * 2).softmax(-1)
 
-    def emitted(kind: type[ModelDrafter], method, verifier) -> float:
-        tree = draft(kind, method, q, rows=800)
+    def emitted(kind: type[ModelDrafter], method, verifier, rows: int = 4000) -> float:
+        tree = draft(kind, method, q, rows=rows)
         return 1 + float(verifier(tree, p[tree.tokens], dice(3)).accepted.double().mean())
 
     chains = [emitted(Drafts, SpecTr(drafts=k, budget=4 * k), k_seq) for k in (1, 2, 4, 8)]
@@ -187,7 +187,7 @@ def test_more_drafts_and_better_trees_are_accepted_more_often():
     chain = emitted(FixedTree, Speculative(budget=4, confidence=0.0), rejection)
     assert abs(chain - chains[0]) < 0.15
     for options in ({}, {"slot_value": "expected"}):
-        grown = [emitted(BestFirst, DySpec(budget=m, **options), rejection) for m in (4, 16, 28)]
+        grown = [emitted(BestFirst, DySpec(budget=m, **options), rejection, rows=800) for m in (4, 16, 28)]
         assert grown[2] > chain + 0.5 and grown == sorted(grown)
 
 

@@ -88,6 +88,21 @@ def test_k_seq_comes_near_the_optimum(seed):
         assert (1 - (1 - 1 / count) ** count) * best - 1e-9 <= found[count - 1] <= best + 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_follow_weights_that_do_not_sum_to_one_and_never_take_zeros(dtype):
+    weights = torch.tensor([0, 3, 0, 1e-3, 2, 0], dtype=dtype)
+    both = torch.stack([weights, weights.flip(0)]).expand(ROWS, 2, 6)
+    drawn = draw(both, dice(1))
+    assert drawn.shape == (ROWS, 2) and drawn.dtype == torch.int64
+    for counts in (torch.bincount(drawn[:, 0], minlength=6), torch.bincount(5 - drawn[:, 1], minlength=6)):
+        assert counts[weights == 0].sum() == 0 and counts[3] > 0
+        assert fits(counts, (weights / weights.sum()).double())
+
+
+def test_a_draw_of_one_without_replacement_is_a_draw():
+    assert torch.equal(draw_distinct(Q.expand(50, 4), 1, dice(3))[:, 0], draw(Q.expand(50, 4), dice(3)))
+
+
 def test_draws_without_replacement_come_in_the_order_of_sequential_draws():
     pairs = draw_distinct(Q.expand(ROWS, 4), 2, dice(2))
     q = Q[0]

@@ -139,6 +139,16 @@ def test_topk_takes_the_lowest_index_among_equals(numbers, data):
     assert kernels.topk(scores, k)[0, 0].tolist() == sorted(best)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_argmax_is_the_lowest_of_equal_ones(dtype):
+    scores = torch.randint(-3, 3, (4, 3, 50), generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[0, 0] = float("-inf")
+    lowest = torch.where(scores == scores.amax(-1, keepdim=True), torch.arange(50), 50).amin(-1)
+    assert torch.equal(kernels.argmax(scores), lowest)
+    assert torch.equal(kernels.argmax(scores.transpose(0, 1)), lowest.T)  # no view needs to be contiguous
+    assert kernels.argmax(scores[0, 1]).shape == ()
+
+
 def test_topk_with_infinities_and_refusals():
     scores = torch.tensor([[[1.0, torch.inf, -torch.inf, torch.inf]]])
     assert kernels.topk(scores, 3)[0, 0].tolist() == [0, 1, 3]
