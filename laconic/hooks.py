@@ -61,6 +61,9 @@ class Handle:
         self.policy = engine.Policy(tuple(m for m in recipe.methods if isinstance(m, AttentionMethod)), measure=measure)
         self.policy.model = model
         self._layers = check_model(model)
+        for method in recipe.methods if caches_latents(model) else ():
+            name = type(model).__name__
+            method.require(method.id == "dense", f"{name} caches latents in place of keys (MLA), so only dense runs on it yet.")
         self._ropes = find_ropes(model)
         self._configs = _attention_configs(model)  # found once: a draft model's handle comes and goes with every draft
         self._depth = 0
@@ -164,6 +167,8 @@ class Handle:
 
     def refuse_drafts(self, batch: int) -> None:
         """Raises LaconicError where the recipe cannot check drafts for so many rows, or cannot take rejected ones back."""
+        if caches_latents(self.model):
+            raise LaconicError(f"{type(self.model).__name__} caches latents in place of keys (MLA): it cannot check drafts.")
         self.policy.refuse_drafts(batch)
         if self.entry is not None and self.entry.parks:
             raise LaconicError(
@@ -224,9 +229,12 @@ def check_model(model: torch.nn.Module) -> int:
         raise LaconicError(f"{name} attends in both directions: load it as a decoder (is_decoder=True).")
     if getattr(text, "num_kv_shared_layers", 0):
         raise LaconicError(f"{name} shares keys between layers, which laconic.apply does not support yet.")
-    if getattr(text, "kv_lora_rank", None):
-        raise LaconicError(f"{name} caches latents in place of keys (MLA), which laconic.apply does not support yet.")
     return text.num_hidden_layers
+
+
+def caches_latents(model: torch.nn.Module) -> bool:
+    """Whether keys and values are made anew from smaller latents in every step, so that a cache holds none to choose from."""
+    return bool(getattr(model.config.get_text_config(), "kv_lora_rank", None))
 
 
 def _stack(model: torch.nn.Module) -> list[Handle]:

@@ -9,6 +9,7 @@ import torch
 from tiny import ARCHITECTURES, build, generate, prompt, shared
 
 import laconic
+from laconic.decoding.engine import decode
 
 NAMES = list(ARCHITECTURES)
 PADS = (0, 7, 20)
@@ -101,7 +102,7 @@ def test_bf16_is_close_to_stock_bf16(name: str) -> None:
         same_text &= ours.sequences[:, 24 + step] == stock.sequences[:, 24 + step]
 
 
-def test_value_heads_may_be_narrower_than_key_heads() -> None:
+def test_models_that_cache_latents_run_densely() -> None:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
@@ -131,4 +132,8 @@ def test_value_heads_may_be_narrower_than_key_heads() -> None:
     model = DeepseekV3ForCausalLM(config).eval()
     model.generation_config.eos_token_id = None
     same(model, prompt(2, 20, pads=(0, 5)), 12)
-    same(model, prompt(2, 20, pads=(0, 5)), 12, "tokenselect:4096")
+    for recipe in ("tokenselect:4096", "h2o:8"):
+        with pytest.raises(laconic.LaconicError, match="caches latents"):
+            laconic.apply(model, recipe)
+    with pytest.raises(laconic.LaconicError, match="cannot check drafts"):
+        decode(model, prompt(1, 20), "prompt_lookup:4", max_new_tokens=4)
