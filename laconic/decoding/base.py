@@ -178,3 +178,10 @@ class SampleMethod(Method):
     def chooser(self, setting: Setting) -> Chooser | None:
         """The state of a new run, where the method chooses itself."""
         return None
+
+
+def go_on(ids: list[int], end: int, count: int) -> list[int]:
+    """The ``count`` tokens that followed position ``end`` of a text; where it is over before, it is taken to repeat itself, as
+    LZ77 (Ziv and Lempel, 1977) copies."""
+    period = len(ids) - end
+    return [ids[end + i % period] for i in range(count)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from laconic.budget import Budget
-from laconic.decoding.base import Drafter, DraftMethod, Setting
+from laconic.decoding.base import Drafter, DraftMethod, Setting, go_on
 from laconic.method import parameter
 from laconic.registry import register
 
@@ -25,7 +25,7 @@ class _Lookup(Drafter):
         for size in range(min(self.method.ngram, len(ids) - 1), 0, -1):
             end = self.places[row].get(tuple(ids[-size:]))
             if end is not None:
-                found = ids[end : end + min(self.method.nodes, room)]
+                found = go_on(ids, end, min(self.method.nodes, room))
                 return [ids[-1], *found], list(range(-1, len(found)))
         return [ids[-1]], [-1]
 
@@ -42,7 +42,8 @@ class _Lookup(Drafter):
 class PromptLookup(DraftMethod):
     """Drafts a chain: what followed the last ``ngram`` tokens when they last stood in the text, shorter ones if need be.
 
-    No model and no training; it pays where answers repeat the prompt or themselves: code, summaries, logs.
+    A text that repeats itself sooner than the draft is long is taken to go on doing so. No model and no training; it pays where
+    answers repeat the prompt or themselves: code, summaries, logs.
     """
 
     id: ClassVar[str] = "prompt_lookup"

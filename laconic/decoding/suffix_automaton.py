@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from laconic.budget import Budget
-from laconic.decoding.base import Drafter, DraftMethod, Setting
+from laconic.decoding.base import Drafter, DraftMethod, Setting, go_on
 from laconic.decoding.tree import NONE
 from laconic.method import parameter
 from laconic.registry import register
@@ -94,9 +94,7 @@ class _Finder(Drafter):
             return [ids[-1]], [NONE]
         if self.method.follow == "often":
             return self._often(automaton, state, ids[-1], room)
-        end = automaton.ends[state]
-        period = len(ids) - end  # where the text ends before the draft does, it is taken to repeat itself
-        found = [ids[end + i % period] for i in range(min(self.method.nodes, room))]
+        found = go_on(ids, automaton.ends[state], min(self.method.nodes, room))
         return [ids[-1], *found], list(range(NONE, len(found)))
 
     def _often(self, automaton: Automaton, state: int, root: int, room: int) -> tuple[list[int], list[int]]:
