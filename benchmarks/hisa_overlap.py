@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import laconic
+from laconic.attention.search import candidate_blocks
 from laconic.bench.suite.scoring_pareto import Layers, best_attention, decode_steps, recall, seen_layers
 from laconic.kernels.blocks import KINDS
 from laconic.recipe import Recipe
@@ -70,8 +71,8 @@ def measure(texts: list[Layers], one_in: int, recipes: list[str], steps: int) ->
         for recipe, method in zip(recipes, methods, strict=True):
             found = method.select(layer, call).indices
             sets[recipe].append(overlap(marks(found, layer.n, ends), wanted))
-            blocks = max(-(-budget // method.block) + 4, int(budget * method.oversample) // method.block)  # as the search counts
-            best_sets[recipe].append(ceiling(wanted, method.block, blocks))
+            blocks = candidate_blocks(torch.tensor(budget), torch.tensor(int(budget * method.oversample)), method.block)
+            best_sets[recipe].append(ceiling(wanted, method.block, int(blocks)))
             mass[recipe].append(recall(found, *best))
     rows = []
     for recipe in recipes:

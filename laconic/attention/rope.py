@@ -14,7 +14,7 @@ from laconic.errors import LaconicError
 from laconic.layers import decoder_layers
 
 LAYOUTS = ("half", "interleaved")
-CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what an attention module calls its cache
+CACHES = ("cache", "layer_past")  # what an attention module calls its cache
 PLACE = 7  # position of the token by which a layout is told
 # layouts per model and layer, told once: a draft model's handle comes and goes with every draft
 _told: weakref.WeakKeyDictionary[torch.nn.Module, list[str | None]] = weakref.WeakKeyDictionary()

@@ -145,9 +145,14 @@ def _members(
 ) -> torch.Tensor:
     """Slots of the best blocks, ``(batch, kv_heads, c)``: of as many as hold ``keep`` (batch,) tokens, and never too few for
     ``quota`` (batch,)."""
-    count = torch.maximum(-(-quota // blocks.size) + 4, keep // blocks.size)  # four of those that have to stay may be cut
-    slots = blocks.slots(best_blocks(worth, blocks, count, starts, **ends))
+    slots = blocks.slots(best_blocks(worth, blocks, candidate_blocks(quota, keep, blocks.size), starts, **ends))
     return slots[..., int((slots < 0).sum(-1).min()) :]  # without those that are empty everywhere
+
+
+def candidate_blocks(quota: torch.Tensor, keep: torch.Tensor, size: int) -> torch.Tensor:
+    """How many blocks of ``size`` go on to the next stage, ``(batch,)``: as many as hold ``keep`` tokens, and never too few for
+    ``quota``, whatever is cut of those that have to stay: four at most."""
+    return torch.maximum(-(-quota // size) + 4, keep // size)
 
 
 def flat_vote(
