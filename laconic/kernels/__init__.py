@@ -206,8 +206,14 @@ def greedy(
         raise LaconicError(
             "greedy: some features are not finite numbers (NaN, infinity): the model's activations overflow; try float32."
         )
-    module = reference if rows.is_cuda else _implementation(rows)
-    return module.greedy(rule, rows, weight, offset, usable, seeds, counts)
+    module = reference if rows.is_cuda else _module(rows.device.type, rows.dtype)  # which takes any strides
+    return module.greedy(rule, rows.detach(), weight, offset, usable, seeds, counts)
+
+
+def most_isolated(directions: torch.Tensor) -> int:
+    """Of float32 rows ``(n, d)`` of length 1, the one whose largest cosine with another is least, the lowest of equal ones."""
+    module = reference if directions.is_cuda else _module(directions.device.type, directions.dtype)
+    return module.most_isolated(directions)
 
 
 def compact(entries: Array, slots: torch.Tensor, bases: torch.Tensor | None = None) -> None:

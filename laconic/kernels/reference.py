@@ -6,6 +6,7 @@ import torch
 
 from laconic.kernels.ragged import Ragged, dense
 from laconic.kernels.reference_greedy import greedy as greedy
+from laconic.kernels.reference_greedy import most_isolated as most_isolated
 
 NEGATIVE = float("-inf")
 

@@ -1,10 +1,13 @@
-"""The greedy choice in plain torch: after every pick, the gain of every token; one loop, and what each rule keeps up to date."""
+"""The greedy choice in plain torch: after every pick, the gain of every token; one loop, and what each rule keeps up to date;
+and the most isolated token."""
 
 from __future__ import annotations
 
 import torch
 
 RULES = ("max", "sum", "distance", "coverage", "determinant")
+BLOCK = 256  # tokens whose cosines with all others are held at a time
+ROUNDING = 1e-6  # nearest cosines that differ by less are equal: two tokens that are nearest to each other have the same one
 EXHAUSTED = 1e-5  # a squared residual below this share of the squared norm is rounding in float32: the token adds nothing
 
 
@@ -105,3 +108,33 @@ def greedy(
         order[:, t] = torch.where(t < counts, pick, -1)
         state.add(pick)
     return order
+
+
+def most_isolated(directions: torch.Tensor) -> int:
+    """Of rows (n, d) of length 1, the one whose largest cosine with another is least, the lowest of equal ones.
+
+    The blocks, each twice as large as the one before, are strided over the tokens, so that even the first holds a neighbour in
+    the image of every token. Its tokens are compared with all: the best of them is the mark that the others have to beat.
+    """
+    n = len(directions)
+    stride = -(-n // BLOCK)
+    order = torch.cat([torch.arange(first, n, stride, device=directions.device) for first in range(stride)])
+    mine, rows = torch.arange(n, device=directions.device), directions  # the tokens still in the running
+    nearest = directions.new_full((n,), float("-inf"))
+    mark, begin, size = float("inf"), 0, -(-n // stride)
+    while begin < n:
+        others = order[begin : begin + size]
+        cosines = rows @ directions[others].T
+        cosines.masked_fill_(mine[:, None] == others, float("-inf"))
+        nearest = torch.maximum(nearest, cosines.amax(1))
+        candidates = cosines.amax(0) if begin == 0 else _nearest_of(rows[nearest.argmin()], mine[nearest.argmin()], directions)
+        mark = min(mark, float(candidates.min()))
+        stays = nearest <= mark + 2 * ROUNDING
+        mine, rows, nearest = mine[stays], rows[stays], nearest[stays]
+        begin, size = begin + size, 2 * size
+    return int(mine[nearest <= nearest.min() + ROUNDING][0])
+
+
+def _nearest_of(row: torch.Tensor, index: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """The largest cosine of one token with all others."""
+    return (directions @ row).index_fill(0, index, float("-inf")).amax()

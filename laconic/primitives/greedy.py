@@ -14,9 +14,6 @@ from laconic import kernels
 from laconic.errors import LaconicError
 from laconic.kernels.reference_greedy import unit
 
-BLOCK = 256  # tokens whose cosines with all others are held at a time
-ROUNDING = 1e-6  # nearest cosines that differ by less are equal: two tokens that are nearest to each other have the same one
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -167,35 +164,5 @@ def most_isolated(features: torch.Tensor, valid: torch.Tensor | None = None) -> 
     for b, row in enumerate(features.detach()):
         present = slots if valid is None else slots[valid[b]]
         directions = unit(row if valid is None else row[present])
-        found.append(present[_most_isolated(directions)] if len(present) else slots.new_tensor(-1))
+        found.append(present[kernels.most_isolated(directions)] if len(present) else slots.new_tensor(-1))
     return torch.stack(found)
-
-
-def _most_isolated(directions: torch.Tensor) -> torch.Tensor:
-    """Of unit rows (n, d): a scalar index.
-
-    The blocks, each twice as large as the one before, are strided over the tokens, so that even the first holds a neighbour in
-    the image of every token. Its tokens are compared with all: the best of them is the mark that the others have to beat.
-    """
-    n = len(directions)
-    stride = -(-n // BLOCK)
-    order = torch.cat([torch.arange(first, n, stride, device=directions.device) for first in range(stride)])
-    mine, rows = torch.arange(n, device=directions.device), directions  # the tokens still in the running
-    nearest = directions.new_full((n,), float("-inf"))
-    mark, begin, size = float("inf"), 0, -(-n // stride)
-    while begin < n:
-        others = order[begin : begin + size]
-        cosines = rows @ directions[others].T
-        cosines.masked_fill_(mine[:, None] == others, float("-inf"))
-        nearest = torch.maximum(nearest, cosines.amax(1))
-        candidates = cosines.amax(0) if begin == 0 else _nearest_of(rows[nearest.argmin()], mine[nearest.argmin()], directions)
-        mark = min(mark, float(candidates.min()))
-        stays = nearest <= mark + 2 * ROUNDING
-        mine, rows, nearest = mine[stays], rows[stays], nearest[stays]
-        begin, size = begin + size, 2 * size
-    return mine[nearest <= nearest.min() + ROUNDING][0]
-
-
-def _nearest_of(row: torch.Tensor, index: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """The largest cosine of one token with all others."""
-    return (directions @ row).index_fill(0, index, float("-inf")).amax()

@@ -102,6 +102,19 @@ def test_views_and_threads_give_the_same(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_transposed_matrix_is_no_reason_for_the_slow_way(rule, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    matrix = torch.rand(2, 20, 30, generator=g)
+    rest = {
+        "weight": torch.rand(2, 30, generator=g), "offset": torch.rand(2, 30, generator=g),
+        "usable": torch.ones(2, 30, dtype=torch.bool), "seeds": torch.tensor([-1, 3]), "counts": torch.tensor([9, 5]),
+    }  # fmt: skip
+    expected = reference.greedy(rule, matrix.mT, *rest.values())
+    monkeypatch.setattr(reference, "greedy", None)
+    assert torch.equal(kernels.greedy(rule, matrix.mT, **rest), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_features_that_are_no_numbers_are_refused_where_they_count(rule, bad):
     rows = torch.rand(1, 5, 4)

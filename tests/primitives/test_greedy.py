@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laconic import LaconicError
-from laconic.primitives import greedy as module
+from laconic import LaconicError, kernels
+from laconic.kernels import cpu_greedy, reference_greedy
 from laconic.primitives.greedy import (
     CoverageRule,
     DeterminantRule,
@@ -124,20 +124,23 @@ def test_coverage_is_as_good_as_greedy_choices_must_be():
         assert value[2] >= 0.632 * best
 
 
+SEARCHES = pytest.mark.parametrize("module, size", [(cpu_greedy, "_CHUNK"), (reference_greedy, "BLOCK")])
+
+
+@SEARCHES
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 90), st.integers(1, 40), st.booleans())
-def test_most_isolated_equals_brute_force_in_blocks(seed, n, block, clustered):
+def test_most_isolated_equals_brute_force_in_parts(module, size, seed, n, part, clustered):
     g = torch.Generator().manual_seed(seed)
-    features = torch.randn(2, n, 6, generator=g)
+    features = torch.randn(2, n, 18, generator=g)
     if clustered:
         features = features[:, torch.randint(0, max(1, n // 4), (n,), generator=g)] + 0.01 * features
     valid = torch.rand(2, n, generator=g) < 0.8
     valid[1] = False
-    before, module.BLOCK = module.BLOCK, block
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "most_isolated", module.most_isolated)
+        patch.setattr(module, size, part)
         found = most_isolated(features.masked_fill(~valid[..., None], float("nan")), valid)
-    finally:
-        module.BLOCK = before
     assert found[1] == -1
     units = torch.nn.functional.normalize(features[0].double(), dim=-1)
     nearest = (units @ units.T).fill_diagonal_(-9).masked_fill(~valid[0], -9).amax(1).masked_fill(~valid[0], 9)
@@ -145,11 +148,12 @@ def test_most_isolated_equals_brute_force_in_blocks(seed, n, block, clustered):
     assert int(found[0]) == int(expected) or float(nearest[found[0]]) == pytest.approx(float(nearest.min()), abs=3e-6)
 
 
-def test_two_that_are_nearest_to_each_other_tie_to_the_lower():
+@SEARCHES
+def test_two_that_are_nearest_to_each_other_tie_to_the_lower(module, size):
     g = torch.Generator().manual_seed(0)
-    features = torch.randn(1, 700, 300, generator=g) + 3
-    features[0, 650], features[0, 20] = torch.randn(2, 300, generator=g)
-    assert most_isolated(features).tolist() == [20]
+    features = torch.randn(700, 300, generator=g) + 3
+    features[650], features[20] = torch.randn(2, 300, generator=g)
+    assert module.most_isolated(reference_greedy.unit(features)) == 20
 
 
 def test_what_cannot_be_is_refused():

@@ -77,6 +77,7 @@ def run(quick: bool, say: Say) -> Figure:
         detail={
             "tokens": tokens, "width": width, "picked": case.count, "dtype": "float32", "repeats": repeats, "ms": ms,
             "ratios": {name: ms[f"{name} formulas"] / ms[name] for name in RULES},
+            "ratio_of_clusters": ms["divprune formulas"] / ms["divprune of clusters"],
             "ratio_to_running_minimum": ms["divprune running minimum"] / ms["divprune"],
             "time_over_that_of_the_cosine_matrix": {name: ms[name] / ms["cosine matrix"] for name in RULES},
             "peak_bytes": memory.bytes, "cosine_matrix_bytes": 4 * tokens**2,
