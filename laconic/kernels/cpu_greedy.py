@@ -1,9 +1,9 @@
 """The greedy choice on the CPU.
 
 Where gains only fall as more is picked, an old gain is a bound, and most tokens are never compared with most picks (Minoux,
-1978, for submodular functions; the rule of the largest similarity allows it as well). The tokens of largest bounds, the
-front, are brought up to date together, four tokens and four picks at a time, by as many threads as there are; from then on
-they are compared with every pick, and it is theirs as long as the best of them beats the bounds of all others.
+1978, for submodular functions; the rule of the largest similarity allows it as well). The token of the largest bound is brought
+up to date until it stays the largest: alone where it has missed few picks, and otherwise together with those that come next, the
+front, by all threads, four tokens and four picks at a time.
 
 Coverage is submodular too, but its gains are often so even that a bound excludes nobody. There the t-th pick raises what is
 covered for only about one thing in t, and only those things change gains. A sum of cosines can also grow, which leaves no
@@ -24,7 +24,7 @@ from laconic.kernels.simd import HEADS, ROWS
 
 MAX, DISTANCE, DETERMINANT = range(3)
 _CODES = {"max": MAX, "distance": DISTANCE, "determinant": DETERMINANT}
-_FRONT = 32  # tokens in the front
+_FRONT = 32  # tokens that are brought up to date together
 _FEW = 8  # picks that a token may have missed to be brought up to date alone
 _SLICE = 256  # tokens whose coverage a thread looks after at a time
 _AHEAD = 15  # tokens whose cosines with all others are computed together

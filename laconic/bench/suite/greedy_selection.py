@@ -26,7 +26,7 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class Case:
-    """Made-up tokens: random directions, in which nothing stands out, are the hard case for skipping comparisons.
+    """Tokens to pick from. Random directions, in which nothing stands out, are the hard case for skipping comparisons.
 
     Attributes:
         features: ``(n, d)``; importance: ``(n,)`` in 0..1; covers: ``(words + n, n)``, rows to be covered, as in MMTok.
@@ -46,10 +46,16 @@ class Case:
         if clusters:  # neighbours are alike, and all share a direction
             centre = torch.randint(0, clusters, (tokens,), generator=generator).sort().values
             features = 0.7 * features + (torch.randn(clusters, width, generator=generator) + 2 * features[0])[centre]
+        return cls.of(features, torch.rand(tokens, generator=generator), generator)
+
+    @classmethod
+    def of(cls, features: torch.Tensor, importance: torch.Tensor, generator: torch.Generator) -> Case:
+        """A tenth of these tokens is to be picked; the words that they are to cover are made up."""
+        tokens, width = features.shape
         units = torch.nn.functional.normalize(features, dim=-1)
         words = torch.nn.functional.normalize(torch.randn(WORDS, width, generator=generator), dim=-1)
         text, image = (words @ units.T / 0.02).softmax(-1) / WORDS, (units @ units.T / 0.2).softmax(-1) / tokens
-        return cls(features, torch.rand(tokens, generator=generator), torch.cat([text, 0.5 * image]), round(SHARE * tokens))
+        return cls(features, importance, torch.cat([text, 0.5 * image]), round(SHARE * tokens))
 
 
 def run(quick: bool, say: Say) -> Figure:
