@@ -66,9 +66,10 @@ def first_token(
     model: Any, inputs: dict[str, torch.Tensor], methods: Sequence[str], budget: str, repeats: int
 ) -> dict[str, float]:
     """How many times sooner than stock a forward of the prompt is done under each method."""
-    inside = {name: laconic.apply(model, f"{name}:{budget}") for name in methods}
-    for handle in inside.values():
-        handle.remove()
+    inside = {}
+    for name in methods:
+        inside[name] = laconic.apply(model, f"{name}:{budget}")
+        inside[name].remove()  # until its turn
 
     def forward(_: int) -> None:
         model(**inputs, use_cache=True, logits_to_keep=1)

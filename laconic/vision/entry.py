@@ -33,6 +33,7 @@ from laconic.vision.parking import PARKED, Parked, by_axis, by_row
 from laconic.vision.picture import Picture
 from laconic.vision.sheets import Stack
 from laconic.vision.thinning import Shortening, whole_blocks
+from laconic.wrap import join, leave
 
 LOOKS = {"get_image_features": look, "get_video_features": look_at_videos}  # what runs the encoder, and how to read it
 
@@ -50,7 +51,7 @@ class Entry:
 
     def __init__(self, model: torch.nn.Module, methods: tuple[Method, ...], in_force: Callable[[], bool]) -> None:
         self.methods = tuple(method for method in methods if isinstance(method, VisionMethod))
-        self.model, self.eyes, self._in_force = model, find_eyes(model), in_force
+        self.model, self.eyes, self.in_force = model, find_eyes(model), in_force
         self.compact = any(m.positions == "compact" for m in self.methods)
         self.parks = any(m.rest == "park" and not m.budget.is_full for m in self.methods)
         self._words = model.get_input_embeddings()
@@ -74,10 +75,9 @@ class Entry:
         self._install(model)
 
     def _install(self, model: torch.nn.Module) -> None:
-        inner, self._watched = self.eyes.inner, {}
-        self._before = {name: inner.__dict__.get(name) for name in LOOKS if hasattr(inner, name)}
-        for name in self._before:
-            inner.__dict__[name] = self._watched[name] = self._watcher(getattr(inner, name), LOOKS[name])
+        self._functions = [name for name in LOOKS if hasattr(self.eyes.inner, name)]
+        for name in self._functions:
+            join(self.eyes.inner, name, self, functools.partial(_watched, looks=LOOKS[name]))
         self._hooks = [
             self.eyes.projector.register_forward_pre_hook(self._remember, with_kwargs=True),
             self.eyes.language.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -85,33 +85,23 @@ class Entry:
             model.register_forward_hook(lambda *_: self.stop(), always_call=True),
         ]
 
-    def _watcher(self, original: Callable[..., Any], looks: Callable[..., Seen]) -> Callable[..., Any]:
-        """Stands for one of the model's functions that run the encoder."""
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if not self._in_force() or self._trace is not None:  # Qwen3-VL looks at videos by the function for pictures
-                return original(*args, **kwargs)
-            return self._watch(lambda: original(*args, **kwargs), looks, signature.bind_partial(*args, **kwargs).arguments)
-
-        return watched
-
     def remove(self) -> None:
         """Takes the hooks out of the model."""
-        functions = self.eyes.inner.__dict__
-        for name, before in self._before.items():
-            if functions.get(name) is self._watched[name]:  # else another one lies around it, and calls it
-                functions.pop(name)
-                if before is not None:
-                    functions[name] = before
+        for name in self._functions:
+            leave(self.eyes.inner, name, self)
+        self._functions = []
         for hook in self._hooks:
             hook.remove()
+
+    @property
+    def looking(self) -> bool:
+        """Whether the encoder runs under observation now."""
+        return self._trace is not None
 
     def start(self, request: Request, arguments: dict[str, Any]) -> None:
         """Serves the forward that begins now, with the ``arguments`` of the model."""
         self.stop()
-        if arguments.get("pixel_values_videos") is not None and "get_video_features" not in self._before:
+        if arguments.get("pixel_values_videos") is not None and "get_video_features" not in self._functions:
             raise not_understood(self.eyes, "videos")
         self._request, self._arguments = request, arguments
 
@@ -124,7 +114,7 @@ class Entry:
         self._request = self._rows = self._late = None
         self._arguments = {}
 
-    def _watch(self, run: Callable[[], Any], looks: Callable[..., Seen], given: dict[str, Any]) -> Any:
+    def watch(self, run: Callable[[], Any], looks: Callable[..., Seen], given: dict[str, Any]) -> Any:
         """Runs the encoder under observation: within a forward, or ahead of it as ``generate`` does."""
         self._encoded = thinning = None
         self._trace = trace = Trace(self.eyes.tower, self._wants, thinned=self._thinner is not None)
@@ -353,6 +343,20 @@ class Entry:
         whole[row, rows[row, slot]] = short[row, slot]
         output.last_hidden_state = whole if self._late is None else whole[:, -self._late :]
         return output
+
+
+def _watched(original: Callable[..., Any], entries: list[Entry], looks: Callable[..., Seen]) -> Callable[..., Any]:
+    """Stands for one of the model's functions that run the encoder: the entry in force watches it."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        entry = next((entry for entry in entries if entry.in_force()), None)
+        if entry is None or entry.looking:  # Qwen3-VL looks at videos by the function for pictures
+            return original(*args, **kwargs)
+        return entry.watch(lambda: original(*args, **kwargs), looks, signature.bind_partial(*args, **kwargs).arguments)
+
+    return watched
 
 
 def _register() -> None:

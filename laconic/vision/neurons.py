@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from laconic.cache import Request
 from laconic.errors import LaconicError
 from laconic.layers import decoder_layers
 from laconic.vision.watch import find_part
+from laconic.wrap import join, leave
 
 CHOSEN = "neurons.chosen"  # in a layer's memory, boolean (batch, neurons): what a method wants steps to compute
 GATHERED = "neurons.gathered"  # what became of it: the weights of these
@@ -64,46 +66,44 @@ class StepNeurons:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._request: Request | None = None
+        self.request: Request | None = None
         self._parts = [gated_part(layer, model) for layer in decoder_layers(model)]
         self._hook = model.register_forward_hook(lambda *_: self.stop(), always_call=True)
-        self._before = [part.__dict__.get("forward") for part in self._parts]
-        self._own = [self._narrowed(number, part, part.forward) for number, part in enumerate(self._parts)]
-        for part, forward in zip(self._parts, self._own, strict=True):
-            part.__dict__["forward"] = forward
-
-    def _narrowed(self, number: int, part: torch.nn.Module, original: Callable) -> Callable:
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            request = self._request
-            if request is None or request.positions is None:
-                return original(x)
-            layer = request.layers[number]
-            memory = layer.memory
-            if not request.reads and GATHERED in memory:
-                return memory[GATHERED](x)
-            made = original(x)
-            if CHOSEN in memory:
-                memory[GATHERED] = Neurons.of(part, memory.pop(CHOSEN), layer.seen)
-            return made
-
-        return forward
+        for number, part in enumerate(self._parts):
+            join(part, "forward", self, functools.partial(_narrowed, number=number, part=part))
 
     def remove(self) -> None:
         """Gives the parts their own forward back."""
         self._hook.remove()
-        for part, own, before in zip(self._parts, self._own, self._before, strict=True):
-            if part.__dict__.get("forward") is own:  # else another one lies around it, and calls it
-                part.__dict__.pop("forward")
-                if before is not None:
-                    part.__dict__["forward"] = before
+        for part in self._parts:
+            leave(part, "forward", self)
 
     def start(self, request: Request) -> None:
         """Serves the forward that begins now."""
-        self._request = request
+        self.request = request
 
     def stop(self) -> None:
         """The forward is over, or has failed."""
-        self._request = None
+        self.request = None
+
+
+def _narrowed(original: Callable, steps: list[StepNeurons], number: int, part: torch.nn.Module) -> Callable:
+    """Stands for the forward of layer ``number``'s feed-forward part."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        request = next((step.request for step in steps if step.request is not None), None)
+        if request is None or request.positions is None:
+            return original(x)
+        layer = request.layers[number]
+        memory = layer.memory
+        if not request.reads and GATHERED in memory:
+            return memory[GATHERED](x)
+        made = original(x)
+        if CHOSEN in memory:
+            memory[GATHERED] = Neurons.of(part, memory.pop(CHOSEN), layer.seen)
+        return made
+
+    return forward
 
 
 def gated_part(layer: torch.nn.Module, model: torch.nn.Module) -> torch.nn.Module:

@@ -289,3 +289,35 @@ def test_drafted_tokens_that_are_taken_back_do_not_move_the_others() -> None:
         drafted = model.generate(**x, **options, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
     assert torch.equal(drafted.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(drafted.logits), torch.stack(plain.logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_handles_come_and_go_in_any_order(family: str) -> None:
+    """Each works as if it were alone, although the first to come is the first to go, and nothing of them is left behind."""
+    model, x = vlm.build(family), vlm.inputs(family)
+    recipes = ("hiprune:50%", "divprune:25%", "fastv:50%", "corematching(neurons=0.5):50%")
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**x).logits
+
+    def state() -> list[tuple[str, set[str]]]:
+        return [(name, {*vars(module)}) for name, module in model.named_modules()]
+
+    stock, before, alone = logits(), state(), []
+    for recipe in recipes:
+        with laconic.apply(model, recipe):
+            alone.append(logits())
+    assert state() == before
+    handles = [laconic.apply(model, recipe) for recipe in recipes]
+    assert torch.equal(logits(), alone[-1])
+    handles[0].remove()
+    assert torch.equal(logits(), alone[-1])
+    for handle in handles[1:]:
+        handle.remove()
+    handles[0].remove()
+    assert state() == before and torch.equal(logits(), stock)
+    for handle, expected in zip(handles, alone, strict=True):
+        with handle:
+            assert torch.equal(logits(), expected)
+    assert state() == before
