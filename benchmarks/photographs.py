@@ -12,6 +12,7 @@ largest are given. Prints one JSON object. ``--quick`` takes one photograph and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -92,19 +93,22 @@ def tokens_of(model: Any, processor: Any, photo: Image.Image) -> Case:
 
 
 def choices(case: Case, repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of every rule, how many times longer its formulas take, and the share of tokens that both pick."""
+    """Milliseconds of every rule, how many times longer its formulas take, the share of tokens that both pick, and how many they
+    pick before they differ."""
     steps: dict[str, Callable[[int], object]] = {}
     for name, (ours, formulas) in RULES.items():
         steps |= {name: lambda _, f=ours: f(case), f"{name} formulas": lambda _, f=formulas: f(case)}
-    ms = milliseconds(interleave(steps, repeats=repeats))
-    return {
-        name: {
+    ms, found = milliseconds(interleave(steps, repeats=repeats)), {}
+    for name, (ours, formulas) in RULES.items():
+        picked, expected = ours(case), formulas(case)
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(picked, expected, strict=True))
+        found[name] = {
             "ms": ms[name],
             "ratio": ms[f"{name} formulas"] / ms[name],
-            "same": len({*ours(case)} & {*formulas(case)}) / case.count,
+            "same": len({*picked} & {*expected}) / case.count,
+            "alike": sum(1 for _ in alike),
         }
-        for name, (ours, formulas) in RULES.items()
-    }
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

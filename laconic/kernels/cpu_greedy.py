@@ -13,6 +13,7 @@ bound; there the cosines of a pick are computed together with those of the token
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numba as nb
 import numpy as np
@@ -118,35 +119,55 @@ def _residual(product, mine, other, pivot, t, residual, all_of_it):
     return left if left > _EXHAUSTED * all_of_it else np.float32(0.0)
 
 
+class _State(NamedTuple):
+    """What the lazy choice knows of ``n`` tokens and of the picks so far.
+
+    rows (n, d), weight, offset and size (n,) stay as they are. ``seen[i]`` is how many of the picks ``bound[i]`` takes into
+    account; ``picked`` (count, d) holds the picks' rows times their size.
+    """
+
+    rows: np.ndarray
+    weight: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    order: np.ndarray
+    picked: np.ndarray
+    pivots: np.ndarray
+    factor: np.ndarray
+    similarity: np.ndarray
+    seen: np.ndarray
+    bound: np.ndarray
+
+
 @jit()
-def _catch_up(rule, rows, weight, offset, size, tokens, t, order, picked, pivots, factor, similarity, seen, bound):
-    """Brings the gains of up to HEADS tokens up to date with the first t picks. seen[i] is how many of them bound[i] takes into
-    account; picked (any, d) holds the picks' rows times their size."""
-    four, first = np.zeros((HEADS, rows.shape[1]), np.float32), t
+def _catch_up(rule, s, tokens, t):
+    """Brings the gains of up to HEADS tokens up to date with the first t picks."""
+    four, first = np.zeros((HEADS, s.rows.shape[1]), np.float32), t
     for q in range(tokens.shape[0]):
-        _copy(rows[tokens[q]], size[tokens[q]], four[q])
-        first = min(first, seen[tokens[q]])
+        _copy(s.rows[tokens[q]], s.size[tokens[q]], four[q])
+        first = min(first, s.seen[tokens[q]])
     similar = np.empty((HEADS, t - first + ROWS), np.float32)
-    _compare(rule, four, picked, first, t, similar)
+    _compare(rule, four, s.picked, first, t, similar)
     for q in range(tokens.shape[0]):
         i = tokens[q]
-        for s in range(seen[i], t):
-            new = similar[q, s - first]
+        whole = s.weight[i] * s.weight[i]
+        for p in range(s.seen[i], t):
+            new = similar[q, p - first]
             if rule == DETERMINANT:
-                bound[i] = _residual(new, factor[i], factor[order[s]], pivots[s], s, bound[i], weight[i] * weight[i])
-            elif new > similarity[i]:
-                similarity[i] = new
+                s.bound[i] = _residual(new, s.factor[i], s.factor[s.order[p]], s.pivots[p], p, s.bound[i], whole)
+            elif new > s.similarity[i]:
+                s.similarity[i] = new
         if rule != DETERMINANT:
-            bound[i] = offset[i] - weight[i] * similarity[i]
-        seen[i] = t
+            s.bound[i] = s.offset[i] - s.weight[i] * s.similarity[i]
+        s.seen[i] = t
 
 
 @jit(parallel=True)
-def _all_catch_up(rule, rows, weight, offset, size, tokens, t, order, picked, pivots, factor, similarity, seen, bound):
+def _all_catch_up(rule, s, tokens, t):
+    """The same for any number of tokens, shared among the threads."""
     for job in nb.prange((tokens.shape[0] + HEADS - 1) // HEADS):
         begin = np.int64(job) * HEADS  # the index of prange is unsigned
-        own = tokens[begin : begin + HEADS]
-        _catch_up(rule, rows, weight, offset, size, own, t, order, picked, pivots, factor, similarity, seen, bound)
+        _catch_up(rule, s, tokens[begin : begin + HEADS], t)
 
 
 @jit()
@@ -171,17 +192,17 @@ def _lazy(rule, rows, weight, offset, usable, seed, order):
     factor = np.empty((n if rule == DETERMINANT else 0, count), np.float32)
     picked, pivots, seen = np.empty((count, rows.shape[1]), np.float32), np.empty(count, np.float32), np.zeros(n, np.int64)
     bound = _open(rule, rows, weight, offset, usable, size)
+    state = _State(rows, weight, offset, size, order, picked, pivots, factor, similarity, seen, bound)
     tree, front = _tournament(bound), np.empty(_FRONT, np.int64)
     for t in range(count):
         i = seed if t == 0 and seed >= 0 else tree[1]
         while seen[i] < t:
-            front[0] = i
             if t - seen[i] <= _FEW:
-                stale = front[:1]
-                _catch_up(rule, rows, weight, offset, size, stale, t, order, picked, pivots, factor, similarity, seen, bound)
+                front[0], stale = i, front[:1]
+                _catch_up(rule, state, stale, t)
             else:
                 stale = front[: _front(tree, bound, front)]
-                _all_catch_up(rule, rows, weight, offset, size, stale, t, order, picked, pivots, factor, similarity, seen, bound)
+                _all_catch_up(rule, state, stale, t)
             for c in stale:
                 _play(tree, bound, c)
             i = tree[1]
@@ -189,8 +210,7 @@ def _lazy(rule, rows, weight, offset, usable, seed, order):
         _copy(rows[i], size[i], picked[t])
         _play(tree, bound, i)
         if t == 0:  # a cosine may be negative, which makes a gain larger than with nothing picked: all are looked at once
-            others = np.nonzero(bound[:n] > NEGATIVE)[0]
-            _all_catch_up(rule, rows, weight, offset, size, others, 1, order, picked, pivots, factor, similarity, seen, bound)
+            _all_catch_up(rule, state, np.nonzero(bound[:n] > NEGATIVE)[0], 1)
             tree = _tournament(bound)
 
 
@@ -240,7 +260,8 @@ def _cover(things, weight, usable, seed, order):
 
 
 def _sum(rows, weight, offset, usable, seed, order):
-    """Fills ``order`` with tokens of ``rows`` (n, d), all tensors."""
+    """Fills ``order`` with tokens of ``rows`` (n, d), all tensors. It holds no more rows of cosines than it has still to pick
+    and _AHEAD: wrong guesses do not add up to a matrix."""
     units = reference_greedy.unit(rows).masked_fill_(~usable[:, None], 0.0)
     gain, weight = offset.masked_fill(~usable, NEGATIVE).numpy(), weight.numpy()
     cosines: dict[int, np.ndarray] = {}
@@ -251,7 +272,9 @@ def _sum(rows, weight, offset, usable, seed, order):
             fresh[[pick, *cosines]] = NEGATIVE
             likely = np.argpartition(fresh, -min(_AHEAD, len(fresh)))[-_AHEAD:]
             together = [pick, *likely[fresh[likely] > NEGATIVE].tolist()]
-            cosines |= zip(together, (units @ units[together].T).T.contiguous().numpy(), strict=True)
+            best = sorted(cosines, key=gain.__getitem__, reverse=True)[: len(order) - t]
+            columns = (units @ units[together].T).numpy()
+            cosines = {i: cosines[i] for i in best} | {i: columns[:, c].copy() for c, i in enumerate(together)}
         order[t] = pick
         gain -= weight * cosines.pop(pick)
         gain[pick] = NEGATIVE

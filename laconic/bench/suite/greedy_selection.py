@@ -69,6 +69,7 @@ def run(quick: bool, say: Say) -> Figure:
         picks[name] = ours(case), formulas(case)
         steps |= {name: lambda _, f=ours: f(case), f"{name} formulas": lambda _, f=formulas: f(case)}
     steps["divprune running minimum"] = lambda _: farthest_first(case, DISTANCES["cosine"](case), None)
+    steps["divprune first pick"] = lambda _: most_isolated(case.features[None])
     steps["divprune of clusters"] = lambda _: RULES["divprune"][0](alike)
     steps["cosine matrix"] = lambda _: cosines(case)
     ms = milliseconds(interleave(steps, repeats=repeats, say=say))
